@@ -1,0 +1,75 @@
+"""PolarEmbedding: `nn.Embedding` whose rows are decoded as they are looked up."""
+
+import torch
+from torch import nn
+
+from polar_kernels import ops
+from polar_kernels.module import PolarModule
+from polar_kernels.quantize import quantize_weight
+from polar_kernels.weight import PolarWeight
+
+
+class PolarEmbedding(PolarModule):
+    """A drop-in for `nn.Embedding` at inference.
+
+    ids: int32 or int64 [...]; result: [..., embedding_dim] in the module's dtype, which follows `.to(dtype)`.
+    An id outside the table raises IndexError on a CPU; on a GPU, where that cannot be seen, its row is NaN.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        bits: int = 5,
+        awq: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """An all-zero table to load a state dict into. `padding_idx` is kept for callers that ask; it changes nothing."""
+        super().__init__(num_embeddings, embedding_dim, bits, awq, device)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        # Carries the output dtype, since no stored tensor has it.
+        self.register_buffer("_output", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    @classmethod
+    def from_weight(
+        cls, weight: PolarWeight, dtype: torch.dtype = torch.bfloat16, padding_idx: int | None = None
+    ) -> "PolarEmbedding":
+        """A module around an already quantised table; tensors are shared, not copied."""
+        layer = cls(weight.out_features, weight.in_features, padding_idx, bits=weight.bits, device="meta")
+        layer._set_weight(weight)
+        layer._output = torch.empty(0, dtype=dtype, device=weight.packed.device)
+        return layer
+
+    @classmethod
+    def from_embedding(
+        cls, embedding: nn.Embedding, bits: int = 5, *, centroids: torch.Tensor | None = None
+    ) -> "PolarEmbedding":
+        """Quantise an embedding on its device; see `quantize_weight` for the errors."""
+        weight = quantize_weight(embedding.weight.detach(), bits, centroids=centroids)
+        layer = cls.from_weight(weight, embedding.weight.dtype, embedding.padding_idx)
+        return layer.train(embedding.training)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._output.dtype
+
+    @property
+    def polar_weight(self) -> PolarWeight:
+        """The stored weight; its tensors are this module's buffers."""
+        return self._polar_weight(self.embedding_dim)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """W_hat [num_embeddings, embedding_dim], a new tensor."""
+        dtype = dtype or self.dtype
+        return ops.dequantize(self.packed, self.norms, self.awq_scales, self.centroids, self.embedding_dim, dtype)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return ops.embedding(
+            ids, self.packed, self.norms, self.awq_scales, self.centroids, self.embedding_dim, self.dtype
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, dtype={self.dtype}"

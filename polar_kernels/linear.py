@@ -1,0 +1,77 @@
+"""PolarLinear: `nn.Linear` served from its quantised weight."""
+
+import torch
+from torch import nn
+
+from polar_kernels import ops
+from polar_kernels.module import PolarModule
+from polar_kernels.quantize import quantize_weight
+from polar_kernels.weight import PolarWeight
+
+
+class PolarLinear(PolarModule):
+    """A drop-in for `nn.Linear`: y = x @ W_hat^T + bias without ever holding W_hat.
+
+    x: [..., in_features] in fp16, bf16 or fp32, on the layer's device; y: [..., out_features] in x's dtype (under
+    autocast, in autocast's). Differentiable in x and bias.
+
+    Raises: ArgumentError for a wrong shape, dtype or device.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        bits: int = 5,
+        awq: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """An all-zero layer to load a state dict into. `awq` says whether it has awq_scales; `dtype` is the bias's."""
+        super().__init__(out_features, in_features, bits, awq, device)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def from_weight(cls, weight: PolarWeight, bias: torch.Tensor | None = None) -> "PolarLinear":
+        """A layer around an already quantised weight; tensors are shared, not copied."""
+        layer = cls(weight.in_features, weight.out_features, bias=False, bits=weight.bits, device="meta")
+        layer._set_weight(weight)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+        return layer
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        bits: int = 5,
+        *,
+        awq_scales: torch.Tensor | None = None,
+        centroids: torch.Tensor | None = None,
+    ) -> "PolarLinear":
+        """Quantise a linear layer on its device; see `quantize_weight` for the options and errors."""
+        weight = quantize_weight(linear.weight.detach(), bits, awq_scales=awq_scales, centroids=centroids)
+        return cls.from_weight(weight, linear.bias).train(linear.training)
+
+    @property
+    def polar_weight(self) -> PolarWeight:
+        """The stored weight; its tensors are this layer's buffers."""
+        return self._polar_weight(self.in_features)
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """W_hat [out_features, in_features], a new tensor."""
+        return ops.dequantize(self.packed, self.norms, self.awq_scales, self.centroids, self.in_features, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return ops.linear(x, self.packed, self.norms, self.awq_scales, self.centroids, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.bits}, awq={self.awq_scales is not None}"
+        )

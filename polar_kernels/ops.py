@@ -1,0 +1,186 @@
+"""torch.ops.polar: the scheme as operators, so that compile, export and CUDA graphs see one opaque call each.
+
+| operator | CPU | CUDA |
+|---|---|---|
+| linear | reference.linear | kernels.rotate + kernels.matmul |
+| rotate | reference.rotate | kernels.rotate |
+| dequantize | reference.dequantize | kernels.dequantize |
+| embedding | reference.embedding | kernels.dequantize |
+
+`Library.define` rather than `custom_op`: half the dispatch cost per call. Operators are functional; checks look at
+shapes, dtypes and devices only, never at values, so nothing synchronises.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from polar_kernels import reference
+from polar_kernels.errors import ArgumentError
+from polar_kernels.hadamard import padded_size
+from polar_kernels.weight import check_weight
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+_library = torch.library.Library("polar", "DEF")
+_WEIGHT = "Tensor packed, Tensor norms, Tensor? awq_scales, Tensor centroids"
+_library.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor")
+_library.define("rotate(Tensor x, Tensor? awq_scales) -> Tensor")
+_library.define(f"dequantize({_WEIGHT}, int in_features, ScalarType dtype) -> Tensor")
+_library.define(f"embedding(Tensor ids, {_WEIGHT}, int embedding_dim, ScalarType dtype) -> Tensor")
+
+
+def _check_float(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise ArgumentError(f"{name} must be float16, bfloat16 or float32, found {dtype}")
+
+
+def _check_device(name: str, tensor: torch.Tensor | None, device: torch.device) -> None:
+    if tensor is not None and tensor.device != device:
+        raise ArgumentError(f"{name} is on {tensor.device} but should be on {device}: move the layer or its input")
+
+
+def _check_rotate(x: torch.Tensor, awq_scales: torch.Tensor | None) -> None:
+    _check_float("x", x.dtype)
+    if x.dim() == 0:
+        raise ArgumentError("x must have at least one dimension, found a scalar")
+    _check_device("awq_scales", awq_scales, x.device)
+    if awq_scales is not None and tuple(awq_scales.shape) != (x.shape[-1],):
+        raise ArgumentError(f"x has {x.shape[-1]} features but awq_scales has shape {list(awq_scales.shape)}")
+
+
+def _check_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    norms: torch.Tensor,
+    awq_scales: torch.Tensor | None,
+    centroids: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> None:
+    _check_rotate(x, awq_scales)
+    check_weight(packed, norms, awq_scales, centroids, x.shape[-1])
+    _check_device("the weight", packed, x.device)
+    _check_device("bias", bias, x.device)
+    if bias is not None and (tuple(bias.shape) != (packed.shape[0],) or not bias.is_floating_point()):
+        raise ArgumentError(f"bias must be float [{packed.shape[0]}], found {bias.dtype} {list(bias.shape)}")
+
+
+def _check_dequantize(
+    packed: torch.Tensor,
+    norms: torch.Tensor,
+    awq_scales: torch.Tensor | None,
+    centroids: torch.Tensor,
+    in_features: int,
+    dtype: torch.dtype,
+) -> None:
+    _check_float("dtype", dtype)
+    check_weight(packed, norms, awq_scales, centroids, in_features)
+
+
+def _check_embedding(
+    ids: torch.Tensor,
+    packed: torch.Tensor,
+    norms: torch.Tensor,
+    awq_scales: torch.Tensor | None,
+    centroids: torch.Tensor,
+    embedding_dim: int,
+    dtype: torch.dtype,
+) -> None:
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ArgumentError(f"ids must be int32 or int64, found {ids.dtype}")
+    _check_dequantize(packed, norms, awq_scales, centroids, embedding_dim, dtype)
+    _check_device("ids", ids, packed.device)
+
+
+def _linear_cuda(x, packed, norms, awq_scales, centroids, bias):
+    from polar_kernels.kernels.matmul import matmul
+    from polar_kernels.kernels.rotate import rotate
+
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    out = matmul(rotate(rows, awq_scales), packed, norms, centroids, bias, x.dtype)
+    return out.view(*x.shape[:-1], packed.shape[0])
+
+
+def _rotate_cuda(x, awq_scales):
+    from polar_kernels.kernels.rotate import rotate
+
+    out = rotate(x.reshape(-1, x.shape[-1]).contiguous(), awq_scales)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _dequantize_cuda(packed, norms, awq_scales, centroids, in_features, dtype):
+    from polar_kernels.kernels.dequantize import dequantize_rows
+
+    return dequantize_rows(None, packed, norms, awq_scales, centroids, in_features, dtype)
+
+
+def _embedding_cuda(ids, packed, norms, awq_scales, centroids, embedding_dim, dtype):
+    from polar_kernels.kernels.dequantize import dequantize_rows
+
+    rows = dequantize_rows(ids.reshape(-1).contiguous(), packed, norms, awq_scales, centroids, embedding_dim, dtype)
+    return rows.view(*ids.shape, embedding_dim)
+
+
+def _linear_fake(x, packed, norms, awq_scales, centroids, bias):
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+def _rotate_fake(x, awq_scales):
+    return x.new_empty(*x.shape[:-1], padded_size(x.shape[-1]))
+
+
+def _dequantize_fake(packed, norms, awq_scales, centroids, in_features, dtype):
+    return packed.new_empty(packed.shape[0], in_features, dtype=dtype)
+
+
+def _embedding_fake(ids, packed, norms, awq_scales, centroids, embedding_dim, dtype):
+    return packed.new_empty(*ids.shape, embedding_dim, dtype=dtype)
+
+
+def _register(name: str, check: Callable, cpu: Callable, cuda: Callable, fake: Callable) -> None:
+    def checked(implementation: Callable) -> Callable:
+        def run(*args: Any) -> torch.Tensor:
+            check(*args)
+            return implementation(*args)
+
+        return run
+
+    def guarded(*args: Any) -> torch.Tensor:
+        device = next(a for a in args if isinstance(a, torch.Tensor)).device
+        with torch.cuda.device(device):  # Triton launches on the current GPU, whatever its arguments live on
+            return cuda(*args)
+
+    _library.impl(name, checked(cpu), "CPU")
+    _library.impl(name, checked(guarded), "CUDA")
+    torch.library.register_fake(f"polar::{name}", checked(fake), lib=_library)
+
+
+_register("linear", _check_linear, reference.linear, _linear_cuda, _linear_fake)
+_register("rotate", _check_rotate, reference.rotate, _rotate_cuda, _rotate_fake)
+_register("dequantize", _check_dequantize, reference.dequantize, _dequantize_cuda, _dequantize_fake)
+_register("embedding", _check_embedding, reference.embedding, _embedding_cuda, _embedding_fake)
+
+linear = torch.ops.polar.linear.default
+rotate = torch.ops.polar.rotate.default
+dequantize = torch.ops.polar.dequantize.default
+embedding = torch.ops.polar.embedding.default
+
+
+def _linear_setup(ctx, inputs, output):
+    x, packed, norms, awq_scales, centroids, bias = inputs
+    ctx.save_for_backward(packed, norms, awq_scales, centroids)
+    ctx.dtype, ctx.in_features = x.dtype, x.shape[-1]
+
+
+def _linear_backward(ctx, grad):
+    packed, norms, awq_scales, centroids = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ dequantize(packed, norms, awq_scales, centroids, ctx.in_features, ctx.dtype)
+    if ctx.needs_input_grad[5]:
+        grad_bias = grad.flatten(0, -2).sum(0)
+    return grad_x, None, None, None, None, grad_bias
+
+
+torch.library.register_autograd("polar::linear", _linear_backward, setup_context=_linear_setup, lib=_library)
