@@ -2,9 +2,9 @@
 
 A rotated, normalised block of weights is close to N(0, 1) per coordinate, so one table per bit width serves every
 layer. The table must be converged: the generator published with the method stops after 100 iterations, which costs
-17 % more error at 32 levels and 62 % at 64. Lloyd's iteration converges linearly and needs tens of thousands of rounds at 256 levels;
-the stationarity condition is a smooth system with a tridiagonal Jacobian, which a damped Newton method solves in few
-steps.
+17 % more error at 32 levels and 62 % at 64. Lloyd's iteration converges linearly and needs tens of thousands of
+rounds at 256 levels; the stationarity condition is a smooth system with a tridiagonal Jacobian, which a damped Newton
+method solves in few steps.
 """
 
 import math

@@ -16,6 +16,8 @@ class PolarEmbedding(PolarModule):
     An id outside the table raises IndexError on a CPU; on a GPU, where that cannot be seen, its row is NaN.
     """
 
+    _output: torch.Tensor
+
     def __init__(
         self,
         num_embeddings: int,
@@ -27,7 +29,7 @@ class PolarEmbedding(PolarModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """An all-zero table to load a state dict into. `padding_idx` is kept for callers that ask; it changes nothing."""
+        """An all-zero table to load a state dict into. `padding_idx` is kept for callers; it has no effect."""
         super().__init__(num_embeddings, embedding_dim, bits, awq, device)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         # Carries the output dtype, since no stored tensor has it.

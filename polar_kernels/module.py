@@ -70,7 +70,7 @@ class PolarModule(nn.Module):
             self._buffers.update({n: t if t is None else move(t) for n, t in stored.items()})
         return self
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> torch.Tensor | nn.Module:
         if name == "weight":
             raise NoDenseWeightError(
                 f"{type(self).__name__} holds {self.bits}-bit codes and no dense weight: "

@@ -168,7 +168,7 @@ embedding = torch.ops.polar.embedding.default
 
 
 def _linear_setup(ctx, inputs, output):
-    x, packed, norms, awq_scales, centroids, bias = inputs
+    x, packed, norms, awq_scales, centroids, _ = inputs
     ctx.save_for_backward(packed, norms, awq_scales, centroids)
     ctx.dtype, ctx.in_features = x.dtype, x.shape[-1]
 

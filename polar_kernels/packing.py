@@ -31,7 +31,7 @@ def _shifts(bits: int, bit_order: BitOrder, device: torch.device) -> tuple[torch
 
 
 def pack_codes(codes: torch.Tensor, bits: int, bit_order: BitOrder = "lsb") -> torch.Tensor:
-    """Pack codes [..., K] (any integer dtype, values below 2^bits, K a multiple of 8) into uint8 [..., K * bits / 8]."""
+    """Pack codes [..., K] (any integers below 2^bits, K a multiple of 8) into uint8 [..., K * bits / 8]."""
     check_bits(bits)
     if codes.shape[-1] % _GROUP:
         raise ArgumentError(f"the last dimension must be a multiple of {_GROUP}, found {codes.shape[-1]}")
