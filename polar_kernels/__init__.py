@@ -1,11 +1,11 @@
 """PolarQuant weights: Hadamard-rotated blocks coded with Lloyd-Max levels, and products straight from the codes."""
 
 from polar_kernels.codebook import lloyd_max_levels, published_levels
-from polar_kernels.embedding import PolarEmbedding
+from polar_kernels.embedding import PolarEmbedding, TiedPolarHead
 from polar_kernels.errors import ArgumentError, PolarError, QuantizationError
 from polar_kernels.hadamard import BLOCK_SIZE
 from polar_kernels.linear import PolarLinear
-from polar_kernels.module import NoDenseWeightError
+from polar_kernels.module import NoDenseWeightError, PolarModule
 from polar_kernels.packing import pack_codes, unpack_codes
 from polar_kernels.quantize import quantize_weight
 from polar_kernels.version import __version__
@@ -18,8 +18,10 @@ __all__ = [
     "PolarEmbedding",
     "PolarError",
     "PolarLinear",
+    "PolarModule",
     "PolarWeight",
     "QuantizationError",
+    "TiedPolarHead",
     "__version__",
     "lloyd_max_levels",
     "pack_codes",

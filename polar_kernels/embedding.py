@@ -1,10 +1,10 @@
-"""PolarEmbedding: `nn.Embedding` whose rows are decoded as they are looked up."""
+"""PolarEmbedding: `nn.Embedding` whose rows are decoded as they are looked up, and the output head tied to one."""
 
 import torch
 from torch import nn
 
 from polar_kernels import ops
-from polar_kernels.module import PolarModule
+from polar_kernels.module import PolarModule, cast_for_autocast
 from polar_kernels.quantize import quantize_weight
 from polar_kernels.weight import PolarWeight
 
@@ -75,3 +75,23 @@ class PolarEmbedding(PolarModule):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, dtype={self.dtype}"
+
+
+class TiedPolarHead(nn.Module):
+    """The output projection of a model whose head and embedding are one weight: it reads the embedding's codes.
+
+    x: [..., embedding_dim]; y: [..., num_embeddings] in x's dtype. It has no tensors of its own, so the shared ones
+    are moved, saved and loaded once, by the embedding.
+    """
+
+    def __init__(self, embedding: PolarEmbedding) -> None:
+        super().__init__()
+        self._shared = (embedding,)  # in a tuple, so that it is not registered as a child a second time
+
+    @property
+    def embedding(self) -> PolarEmbedding:
+        return self._shared[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shared = self._shared[0]
+        return ops.linear(cast_for_autocast(x), shared.packed, shared.norms, shared.awq_scales, shared.centroids, None)

@@ -11,7 +11,7 @@ BLOCK_SIZE = 128
 @cache
 def hadamard_matrix(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """H [128, 128]: natural (Sylvester) order divided by sqrt(128), so H = H^T = H^-1. Shared: do not write to it."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")  # not torch's default device
     while matrix.shape[0] < BLOCK_SIZE:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return (matrix / math.sqrt(BLOCK_SIZE)).to(device=device, dtype=dtype)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from polar_kernels import ops
-from polar_kernels.module import PolarModule
+from polar_kernels.module import PolarModule, cast_for_autocast
 from polar_kernels.quantize import quantize_weight
 from polar_kernels.weight import PolarWeight
 
@@ -66,8 +66,7 @@ class PolarLinear(PolarModule):
         return ops.dequantize(self.packed, self.norms, self.awq_scales, self.centroids, self.in_features, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = cast_for_autocast(x)
         return ops.linear(x, self.packed, self.norms, self.awq_scales, self.centroids, self.bias)
 
     def extra_repr(self) -> str:

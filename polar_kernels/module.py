@@ -71,9 +71,16 @@ class PolarModule(nn.Module):
         return self
 
     def __getattr__(self, name: str) -> torch.Tensor | nn.Module:
-        if name == "weight":
+        if name == "weight" and name not in self._parameters:
             raise NoDenseWeightError(
                 f"{type(self).__name__} holds {self.bits}-bit codes and no dense weight: "
                 "call .dequantize(dtype) for one, or leave this layer unquantised"
             )
         return super().__getattr__(name)
+
+
+def cast_for_autocast(x: torch.Tensor) -> torch.Tensor:
+    """What autocast would do to the input of `nn.Linear`: it cannot see into our operators."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))

@@ -1,0 +1,25 @@
+"""PolarQuant in Qwen models: patch, quantise, save, load. Importing this registers `quant_method: polarquant`."""
+
+from model_patch.config import PolarQuantConfig
+from model_patch.errors import CheckpointError, ConfigError, OutputError, UnsupportedModelError
+from model_patch.hf import register
+from model_patch.load import load_model
+from model_patch.patch import PatchReport, patch_model
+from polar_kernels import PolarError
+from polar_kernels.version import __version__
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "OutputError",
+    "PatchReport",
+    "PolarError",
+    "PolarQuantConfig",
+    "UnsupportedModelError",
+    "__version__",
+    "load_model",
+    "patch_model",
+    "register",
+]
+
+register()

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: strict reading, whole-or-nothing writing, and the published layouts."""

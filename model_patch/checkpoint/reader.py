@@ -1,0 +1,228 @@
+"""A folder of safetensors shards, read strictly: header first, tensors one at a time, every contradiction listed."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from model_patch.errors import CheckpointError
+from polar_kernels.codebook import check_bits, check_levels
+from polar_kernels.errors import ArgumentError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as its shard's header describes it."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Checkpoint:
+    """The tensors and the safetensors metadata of a set of shards.
+
+    tensors: name -> TensorInfo, in the order of the shards and their headers.
+    metadata: the union of all shards' metadata, which must agree.
+    """
+
+    def __init__(self, where: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str]) -> None:
+        self.where, self.tensors, self.metadata = where, tensors, metadata
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Open a folder by its index, or its single file where there is none.
+
+        Raises CheckpointError listing every shard that is missing or unreadable and every tensor on which the index
+        and the shards disagree.
+        """
+        index = folder / INDEX_NAME
+        if not index.is_file():
+            if not (folder / SINGLE_NAME).is_file():
+                raise CheckpointError(folder, f"no {SINGLE_NAME} and no {INDEX_NAME} in this folder")
+            return cls.from_files([folder / SINGLE_NAME])
+        weight_map = _read_weight_map(index)
+        files = [folder / name for name in dict.fromkeys(weight_map.values())]
+        checkpoint = cls.from_files(files, where=folder)
+        located = {name: info.file.name for name, info in checkpoint.tensors.items()}
+        problems = [
+            f"{INDEX_NAME} puts {name} in {shard}, but it is {f'in {located[name]}' if name in located else 'nowhere'}"
+            for name, shard in weight_map.items()
+            if located.get(name) != shard
+        ]
+        for name in located.keys() - weight_map.keys():
+            problems.append(f"{located[name]} holds {name}, which {INDEX_NAME} lacks")
+        if problems:
+            raise CheckpointError(folder, problems)
+        return checkpoint
+
+    @classmethod
+    def from_files(cls, files: Iterable[Path | str], where: Path | None = None) -> "Checkpoint":
+        """Open the given shards; `where` names the checkpoint in messages."""
+        paths = [Path(file) for file in files]
+        tensors: dict[str, TensorInfo] = {}
+        metadata: dict[str, str] = {}
+        problems: list[str] = []
+        for path in paths:
+            try:
+                found, stated = _read_header(path)
+            except CheckpointError as error:
+                problems += [f"{path.name}: {problem}" for problem in error.problems]
+                continue
+            for name in found.keys() & tensors.keys():
+                problems.append(f"{name} is in both {tensors[name].file.name} and {path.name}")
+            problems += [
+                f"{path.name}: metadata {key!r} differs from that of another shard"
+                for key, value in stated.items()
+                if metadata.setdefault(key, value) != value
+            ]
+            tensors.update(found)
+        where = where or (paths[0].parent if paths else Path())
+        if problems:
+            raise CheckpointError(where, problems)
+        return cls(where, tensors, metadata)
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """One tensor, read from its shard now."""
+        info = self.tensors[name]
+        with safe_open(info.file, framework="pt", device=str(device)) as file:
+            return file.get_tensor(name)
+
+    def centroids(self) -> dict[int, torch.Tensor]:
+        """Bits -> table of levels fp32 [2^bits], from the metadata. Raises CheckpointError when absent or malformed."""
+        stated = _parse_object(self.where, "metadata 'centroids'", self.metadata.get("centroids"))
+        tables: dict[int, torch.Tensor] = {}
+        problems: list[str] = []
+        for key, levels in stated.items():
+            try:
+                tables[int(key)] = parse_levels(int(key), levels)
+            except (ArgumentError, ValueError, TypeError) as error:
+                problems.append(f"metadata 'centroids'[{key!r}]: {error}")
+        if problems:
+            raise CheckpointError(self.where, problems)
+        return tables
+
+    def bits_per_tensor(self) -> dict[str, Any]:
+        """Layer name -> bits, from the metadata."""
+        return _parse_object(self.where, "metadata 'bits_per_tensor'", self.metadata.get("bits_per_tensor"))
+
+
+def parse_levels(bits: int, levels: object) -> torch.Tensor:
+    """A table of 2^bits levels from a JSON list. Raises ArgumentError when it is not one."""
+    check_bits(bits)
+    if not isinstance(levels, list) or len(levels) != 1 << bits:
+        found = f"{len(levels)} values" if isinstance(levels, list) else type(levels).__name__
+        raise ArgumentError(f"expected a list of {1 << bits} levels, found {found}")
+    table = torch.tensor(levels, dtype=torch.float32, device="cpu")  # transformers loads under the meta device
+    check_levels(table)
+    return table
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file. Raises CheckpointError naming it when it is absent, not JSON, or holds NaN or Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"not valid JSON: {error}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as a dictionary."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError(folder / "config.json", f"expected an object, found {type(config).__name__}")
+    return config
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(index, "expected an object with a non-empty 'weight_map'")
+    bad = [
+        f"weight_map[{name!r}] must be a file name in this folder, found {file!r}"
+        for name, file in weight_map.items()
+        if not _is_shard_name(file)
+    ]
+    if bad:
+        raise CheckpointError(index, bad)
+    return weight_map
+
+
+def _is_shard_name(file: object) -> bool:
+    return isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file
+
+
+def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors and metadata of one shard. Raises CheckpointError when it cannot be read as safetensors."""
+    if not path.is_file():
+        raise CheckpointError(path, "this shard is missing" if not path.exists() else "not a file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            slices = {name: file.get_slice(name) for name in names}
+            stated = dict(file.metadata() or {})
+            described = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(path, f"not a readable safetensors file: {error}{_hint(path)}") from error
+    if unknown := [f"{name} has dtype {dtype}" for name, (dtype, _) in described.items() if dtype not in _DTYPES]:
+        raise CheckpointError(path, [f"{found}, which is not read" for found in unknown])
+    return {name: TensorInfo(path, _DTYPES[dtype], shape) for name, (dtype, shape) in described.items()}, stated
+
+
+def _hint(path: Path) -> str:
+    """What a file that is no safetensors file looks like."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError:
+        return ""
+    if head.startswith(b"version https://git-lfs"):
+        return " (this is a git-lfs pointer: run `git lfs pull`)"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return " (this is an HTML page: the download went wrong)"
+    if head.startswith((b"\x80", b"PK")):
+        return " (this looks like a pickle or a zip archive, which is never read)"
+    return ""
+
+
+def _parse_object(where: Path, what: str, text: str | None) -> Mapping[str, Any]:
+    if text is None:
+        raise CheckpointError(where, f"the safetensors {what} is missing")
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(where, f"the safetensors {what} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(where, f"the safetensors {what} must be an object, found {type(value).__name__}")
+    return value

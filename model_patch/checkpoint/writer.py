@@ -1,0 +1,148 @@
+"""A checkpoint folder written shard by shard beside its final place and moved there when it is whole."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+
+from model_patch.checkpoint.reader import INDEX_NAME, Checkpoint
+from model_patch.config import BIT_ORDER
+from model_patch.errors import OutputError
+
+# Never carried over from a source: weights in any container, what is rewritten, and code.
+_NOT_CARRIED = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".pkl",
+    ".pickle",
+    ".py",
+}
+_REWRITTEN = {"config.json", "README.md", INDEX_NAME, "polar_config.json"}
+
+
+@contextmanager
+def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A fresh folder to fill, which becomes `out` when the block ends without an exception, and vanishes otherwise.
+
+    An existing `out` is refused unless it is an empty folder or `overwrite` is set; it stays whole until then.
+    """
+    check_output(out, overwrite)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
+    try:
+        yield partial
+        _replace(partial, out)
+    except OSError as error:
+        raise OutputError(f"{out}: could not be written: {error}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raise OutputError when `out` may not be written to."""
+    if out.is_dir():
+        if any(out.iterdir()) and not overwrite:
+            raise OutputError(f"{out} exists and is not empty: choose another folder, or pass --overwrite")
+    elif out.exists() or out.is_symlink():
+        raise OutputError(f"{out} exists and is not a folder")
+
+
+def _replace(partial: Path, out: Path) -> None:
+    if not out.exists():
+        os.replace(partial, out)
+        return
+    old = out.parent / f".{out.name}.old-{os.getpid()}"
+    os.replace(out, old)
+    try:
+        os.replace(partial, out)
+    except OSError:
+        os.replace(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_shards(
+    folder: Path,
+    layout: Mapping[str, torch.Tensor],
+    produce: Callable[[str], torch.Tensor],
+    metadata: Mapping[str, str],
+    max_shard_size: int | str,
+) -> None:
+    """Write the tensors of `layout` (name -> meta tensor, in order) as `produce(name)` gives them, one shard at a time.
+
+    Names, index and sharding are those of transformers' `save_pretrained`.
+    """
+    plan = split_torch_state_dict_into_shards(dict(layout), max_shard_size=max_shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        shard = {name: produce(name).contiguous().cpu() for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt", **metadata})
+        sort_metadata(folder / file)
+        del shard
+    if plan.is_sharded:
+        write_json(folder / INDEX_NAME, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+
+
+def sort_metadata(file: Path) -> None:
+    """Put a shard's metadata in order of its keys, in place.
+
+    safetensors writes them in an order that differs from call to call; sorted, equal tensors give equal files.
+    """
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) != size:
+            raise OutputError(f"{file}: its header could not be rewritten in {size} bytes")
+        stream.seek(8)
+        stream.write(text)
+
+
+def polar_metadata(tables: Mapping[int, torch.Tensor], bits_per_tensor: Mapping[str, int]) -> dict[str, str]:
+    """Safetensors metadata of a quantised checkpoint: the tables by bits, the layers' bits, the bit order."""
+    used = set(bits_per_tensor.values())
+    centroids = {str(bits): tables[bits].tolist() for bits in sorted(used)}
+    return {
+        "centroids": json.dumps(centroids),
+        "bits_per_tensor": json.dumps(dict(sorted(bits_per_tensor.items()))),
+        "bit_order": BIT_ORDER,
+    }
+
+
+def carry_over(source: Path, folder: Path) -> list[str]:
+    """Copy tokenizer, generation config, chat template and the like unchanged; returns the names."""
+    carried = []
+    for path in sorted(source.iterdir()):
+        hidden = path.name.startswith(".")
+        if path.is_file() and not hidden and path.suffix not in _NOT_CARRIED and path.name not in _REWRITTEN:
+            shutil.copyfile(path, folder / path.name)
+            carried.append(path.name)
+    return carried
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def passthrough(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A meta tensor of the dtype and shape of a source tensor."""
+    info = checkpoint.tensors[name]
+    return torch.empty(info.shape, dtype=info.dtype, device="meta")

@@ -1,0 +1,186 @@
+"""The plug into transformers' quantizer registry: `from_pretrained` and `save_pretrained` of PolarQuant models.
+
+Without this registration transformers only warns of an unknown method, skips it and leaves random weights; so
+importing `model_patch` registers.
+"""
+
+import os
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+
+from model_patch.checkpoint.reader import Checkpoint
+from model_patch.checkpoint.strict import check_checkpoint, expected_tensors, value_problems
+from model_patch.checkpoint.writer import polar_metadata, sort_metadata
+from model_patch.config import METHOD, PolarQuantConfig
+from model_patch.errors import CheckpointError, UnsupportedModelError
+from model_patch.patch import dequantize_model, plan_model, swap_to_empty
+from polar_kernels import PolarEmbedding, PolarError, PolarModule, quantize_weight
+
+
+def register() -> None:
+    """Make transformers know `quant_method: polarquant`. Harmless to call again."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(PolarQuantConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(PolarHfQuantizer)
+
+
+def attach_quantizer(model: nn.Module, config: PolarQuantConfig) -> None:
+    """Give a model patched in memory what a loaded one has, so that `save_pretrained` writes the format."""
+    model.hf_quantizer = PolarHfQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.is_quantized = True
+    model.quantization_method = METHOD
+    _prepare(model)
+
+
+class PolarHfQuantizer(HfQuantizer):
+    """Loads checkpoints of the format, quantises plain ones on the fly, and saves either."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: PolarQuantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._tables: dict[int, torch.Tensor] = {}
+        self._plain_dtypes: dict[str, torch.dtype] = {}
+        self.problems: list[str] = []
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True  # otherwise generate() would not compile its decode step
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        plan = plan_model(model, self.quantization_config)
+        self._plain_dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        if self.pre_quantized:
+            if not checkpoint_files:
+                raise UnsupportedModelError("a PolarQuant model is loaded from safetensors files; found none")
+            checkpoint = Checkpoint.from_files(checkpoint_files)
+            swap_to_empty(model, plan, self.quantization_config.awq)
+            check_checkpoint(model, checkpoint)
+            self._tables = checkpoint.centroids()
+        else:
+            if self.quantization_config.awq:
+                raise UnsupportedModelError(
+                    "quantising on the fly does not calibrate: leave out awq=True, or use `polar quantize`"
+                )
+            swap_to_empty(model, plan, awq=False)
+            self.quantization_config = self.quantization_config.resolved(plan, awq=False)
+            for name in plan.bits:
+                # The key under which transformers brings the plain weight; gone once it is quantised.
+                module = model.get_submodule(name)
+                module.register_parameter("weight", nn.Parameter(_meta_weight(module), requires_grad=False))
+        _prepare(model)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        polar = {name: m for name, m in model.named_modules() if isinstance(m, PolarModule)}
+        problems = list(self.problems)
+        for name, module in polar.items():
+            if "weight" in module._parameters:
+                problems.append(f"{name}.weight is missing")
+            if self.pre_quantized:
+                module.centroids = self._tables[module.bits].to(module.packed.device)
+                problems += value_problems(name, module)
+        if problems:
+            raise CheckpointError(getattr(model, "name_or_path", None) or "checkpoint", problems)
+        self._restore_dtypes(model)
+        return model
+
+    def _restore_dtypes(self, model: nn.Module) -> None:
+        """transformers 5.17 leaves renamed keys of quantised checkpoints in the dtype they have on disk."""
+        for name, parameter in model.named_parameters():
+            wanted = self._plain_dtypes.get(name, parameter.dtype)
+            if parameter.dtype != wanted:
+                parameter.data = parameter.data.to(wanted)
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        name, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and isinstance(model.get_submodule(name), PolarModule)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return QuantizeOnLoad(self)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        polar = {n: m for n, m in model.named_modules() if isinstance(m, PolarModule)}
+        tables = {module.bits: module.centroids for module in polar.values()}
+        bits = {name: module.bits for name, module in polar.items()}
+        return expected_tensors(model), polar_metadata(tables, bits)
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        dequantize_model(model, dtype or model.dtype)
+        return model
+
+
+class QuantizeOnLoad(ConversionOps):
+    """Turns one plain weight into the buffers of its layer as it is read."""
+
+    def __init__(self, hf_quantizer: PolarHfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        full_layer_name: str | None = None,
+        model: nn.Module | None = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        (value,) = input_dict.values()
+        weight = value[0] if isinstance(value, list) else value
+        name = str(full_layer_name).rpartition(".")[0]
+        module = model.get_submodule(name)
+        module._parameters.pop("weight", None)
+        try:
+            quantized = quantize_weight(weight, module.bits)
+        except PolarError as error:
+            # An exception from here would come out as transformers' own, with ours in its text.
+            self.hf_quantizer.problems.append(f"{full_layer_name}: {error}")
+            return {}
+        if missing_keys is not None:
+            missing_keys.discard(f"{name}.weight")
+        return {f"{name}.{part}": getattr(quantized, part) for part in ("packed", "norms", "centroids")}
+
+
+def _meta_weight(module: PolarModule) -> torch.Tensor:
+    """A stand-in with shape and dtype of the plain weight."""
+    if isinstance(module, PolarEmbedding):
+        return torch.empty(module.num_embeddings, module.embedding_dim, dtype=module.dtype, device="meta")
+    return torch.empty(module.out_features, module.in_features, device="meta")
+
+
+def _prepare(model: nn.Module) -> None:
+    """What transformers must know of this very model, whose class it shares with unquantised ones."""
+    # Tables of levels come from the metadata, so that their absence among the tensors is no news.
+    model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), r"\.centroids$"}
+    # A bound method, which a deep copy of the model rebinds to the copy.
+    model.save_pretrained = MethodType(_save_pretrained, model)
+
+
+def _save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    """The class's own, with the shards' headers in a fixed order: the same tensors are the same bytes."""
+    type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    for file in Path(save_directory).glob("*.safetensors"):
+        sort_metadata(file)

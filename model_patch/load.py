@@ -1,0 +1,95 @@
+"""Loading a checkpoint, quantised or plain, with nothing missing and nothing left over."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from model_patch.architectures import check_model_type, is_vision_language
+from model_patch.checkpoint.reader import Checkpoint, read_config
+from model_patch.checkpoint.strict import check_checkpoint
+from model_patch.config import METHOD, PolarQuantConfig
+from model_patch.errors import CheckpointError
+from model_patch.hf import register
+
+_NOT_DOWNLOADED = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.py"]
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The local folder of a checkpoint given by a folder or a Hub name, which is downloaded if it is not cached."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(source), ignore_patterns=_NOT_DOWNLOADED))
+    except HFValidationError as error:
+        raise CheckpointError(source, "no such folder, and not the name of a model on the Hub") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(source, f"no such folder, and the Hub did not give it: {reason}") from error
+
+
+def quantization_config(config: dict[str, Any]) -> PolarQuantConfig | None:
+    """The PolarQuantConfig of a config.json, or None for a plain model. Raises ConfigError for a malformed one."""
+    stated = config.get("quantization_config")
+    if stated is None:
+        return None
+    if not isinstance(stated, dict) or stated.get("quant_method") != METHOD:
+        method = stated.get("quant_method") if isinstance(stated, dict) else stated
+        raise CheckpointError("config.json", f"quant_method must be {METHOD!r}, found {method!r}")
+    return PolarQuantConfig(**stated)
+
+
+def load_model(
+    source: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | str = "auto"
+) -> PreTrainedModel:
+    """Load a checkpoint for inference: a PolarQuant one as it is, or a plain one.
+
+    source: a folder or a Hub name. device: the GPU where there is one when None. dtype: of the activations and of what
+    is not quantised; the checkpoint's own when "auto".
+
+    Raises CheckpointError listing every tensor that is missing, left over, of a wrong dtype or shape or with NaN,
+    infinite or non-positive scales; UnsupportedModelError for an unknown architecture. Never leaves random weights.
+    """
+    register()
+    folder = find_checkpoint(source)
+    config = read_config(folder)
+    model_type = check_model_type(config.get("model_type"))
+    quantized = quantization_config(config) is not None
+    checkpoint = Checkpoint.open(folder)
+    if not quantized:
+        check_checkpoint(meta_model(folder), checkpoint)
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    auto = AutoModelForImageTextToText if is_vision_language(model_type) else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=dtype, device_map={"": target}, use_safetensors=True)
+    return model.eval()
+
+
+def meta_model(folder: Path) -> PreTrainedModel:
+    """The unquantised model that a checkpoint's config.json describes, on the meta device: structure without memory."""
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model_type = check_model_type(config.model_type)
+    auto = AutoModelForImageTextToText if is_vision_language(model_type) else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config)
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint. Raises CheckpointError when there is none."""
+    folder = find_checkpoint(source)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(folder, f"no tokenizer could be loaded: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,159 @@
+"""Swapping the layers of a model for quantised ones, in place, and saying what was done."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from model_patch.architectures import Kind, LayerPlan, check_model_type, role_of
+from model_patch.config import PolarQuantConfig
+from model_patch.errors import UnsupportedModelError
+from polar_kernels import PolarEmbedding, PolarError, PolarLinear, PolarModule, TiedPolarHead
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch_model` did.
+
+    replaced: layer name -> bits; kept: layer name -> why it was left; tied_head: the head that shares the
+    embedding's quantised tensors, if there is one; bytes_before, bytes_after: of the replaced layers' weights.
+    """
+
+    replaced: dict[str, int]
+    kept: dict[str, str]
+    tied_head: str | None
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        tied = f"; {self.tied_head} shares the embedding" if self.tied_head else ""
+        sizes = f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB"
+        return f"{len(self.replaced)} layers quantised, {sizes}; {len(self.kept)} kept{tied}"
+
+
+def patch_model(
+    model: nn.Module,
+    config: PolarQuantConfig | None = None,
+    *,
+    awq_scales: Mapping[str, torch.Tensor] | None = None,
+) -> PatchReport:
+    """Quantise the layers of a transformers model in place, one at a time on its own device.
+
+    config: bits and exclusions; 5 bits everywhere when None. awq_scales: layer name -> [in_features], from
+    `model_patch.quantize.search_awq_scales`; layers it does not name get none.
+
+    The model then saves in the documented format with `save_pretrained`. Raises UnsupportedModelError for an
+    architecture that is not known or when there is nothing to replace, ConfigError for patterns that match nothing,
+    QuantizationError naming the layer whose weight cannot be quantised.
+    """
+    from model_patch.hf import attach_quantizer
+
+    config = config or PolarQuantConfig()
+    scales = dict(awq_scales or {})
+    plan = plan_model(model, config)
+    before = sum(model.get_submodule(name).weight.nbytes for name in plan.bits)
+    for name, bits in plan.bits.items():
+        set_module(model, name, _quantize_module(name, model.get_submodule(name), bits, scales.get(name)))
+    tie_head(model, plan)
+    attach_quantizer(model, config.resolved(plan, awq=bool(scales)))
+    polar = [model.get_submodule(name) for name in plan.bits]
+    after = sum(module.polar_weight.nbytes for module in polar)
+    return PatchReport(plan.bits, plan.kept, plan.tied_head, before, after)
+
+
+def plan_model(model: nn.Module, config: PolarQuantConfig) -> LayerPlan:
+    """Which layers of an unpatched model `config` quantises. Raises as `patch_model` does."""
+    check_model_type(getattr(getattr(model, "config", None), "model_type", None))
+    if any(isinstance(module, PolarModule) for module in model.modules()):
+        raise UnsupportedModelError("this model is quantised already; load the original one to quantise it differently")
+    names = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))]
+    plan = config.plan(names, tied=bool(getattr(model.config, "tie_word_embeddings", False)))
+    if not plan.bits:
+        raise UnsupportedModelError(f"no layer to quantise: all {len(plan.kept)} are excluded or not of a known kind")
+    return plan
+
+
+def swap_to_empty(model: nn.Module, plan: LayerPlan, awq: bool, device: torch.device | str = "meta") -> None:
+    """Replace the planned layers by empty quantised ones that a checkpoint is then loaded into."""
+    for name, bits in plan.bits.items():
+        set_module(model, name, _empty_module(name, model.get_submodule(name), bits, awq, device))
+    tie_head(model, plan)
+
+
+def tie_head(model: nn.Module, plan: LayerPlan) -> None:
+    """Make a tied head read the embedding's codes, and stop transformers from tying weights that no longer exist."""
+    if plan.tied_head is None:
+        return
+    embedding_name = next(name for name in plan.bits if _kind(name) is Kind.EMBEDDING)
+    embedding = model.get_submodule(embedding_name)
+    assert isinstance(embedding, PolarEmbedding)  # plan.bits holds it, so it was replaced
+    set_module(model, plan.tied_head, TiedPolarHead(embedding))
+    model._tied_weights_keys, model.all_tied_weights_keys = None, {}
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every quantised layer by a plain one holding its dequantised weight in `dtype`, in place."""
+    dense: dict[int, nn.Module] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PolarModule):
+            dense[id(module)] = _dense_module(module, dtype)
+            set_module(model, name, dense[id(module)])
+    for name, module in list(model.named_modules()):
+        if isinstance(module, TiedPolarHead):
+            set_module(model, name, _dense_head(dense[id(module.embedding)]))
+            del model._tied_weights_keys, model.all_tied_weights_keys  # the class's own apply again
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _dense_module(module: PolarModule, dtype: torch.dtype) -> nn.Module:
+    dense: nn.Module
+    if isinstance(module, PolarEmbedding):
+        weight = module.dequantize(dtype)
+        dense = nn.Embedding(*weight.shape, padding_idx=module.padding_idx, device="meta")
+    else:
+        assert isinstance(module, PolarLinear)
+        weight = module.dequantize(dtype)
+        dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        dense.bias = module.bias
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    return dense.train(module.training)
+
+
+def _dense_head(embedding: nn.Module) -> nn.Linear:
+    """A head that shares a dense embedding's parameter."""
+    head = nn.Linear(embedding.weight.shape[1], embedding.weight.shape[0], bias=False, device="meta")
+    head.weight = embedding.weight
+    return head
+
+
+def _kind(name: str) -> Kind | None:
+    role = role_of(name)
+    return None if role is None else role.kind
+
+
+def _quantize_module(name: str, module: nn.Module, bits: int, awq_scales: torch.Tensor | None) -> PolarModule:
+    try:
+        if isinstance(module, nn.Embedding):
+            return PolarEmbedding.from_embedding(module, bits)
+        assert isinstance(module, nn.Linear)
+        return PolarLinear.from_linear(module, bits, awq_scales=awq_scales)
+    except PolarError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _empty_module(name: str, module: nn.Module, bits: int, awq: bool, device: torch.device | str) -> PolarModule:
+    dtype = module.weight.dtype
+    assert isinstance(dtype, torch.dtype)
+    if isinstance(module, nn.Embedding):
+        shape = (module.num_embeddings, module.embedding_dim, module.padding_idx)
+        return PolarEmbedding(*shape, bits=bits, device=device, dtype=dtype)
+    assert isinstance(module, nn.Linear)
+    has_bias = module.bias is not None
+    shape = (module.in_features, module.out_features, has_bias)
+    return PolarLinear(*shape, bits=bits, awq=awq, device=device, dtype=dtype)
