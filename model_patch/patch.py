@@ -41,7 +41,7 @@ def patch_model(
     """Quantise the layers of a transformers model in place, one at a time on its own device.
 
     config: bits and exclusions; 5 bits everywhere when None. awq_scales: layer name -> [in_features], from
-    `model_patch.quantize.search_awq_scales`; layers it does not name get none.
+    `model_patch.quantize.search_awq_scales`; when given, layers it does not name get ones.
 
     The model then saves in the documented format with `save_pretrained`. Raises UnsupportedModelError for an
     architecture that is not known or when there is nothing to replace, ConfigError for patterns that match nothing,
@@ -54,7 +54,10 @@ def patch_model(
     plan = plan_model(model, config)
     before = sum(model.get_submodule(name).weight.nbytes for name in plan.bits)
     for name, bits in plan.bits.items():
-        set_module(model, name, _quantize_module(name, model.get_submodule(name), bits, scales.get(name)))
+        module = model.get_submodule(name)
+        if scales and isinstance(module, nn.Linear) and name not in scales:
+            scales[name] = torch.ones(module.in_features)  # the format has them on every linear layer or on none
+        set_module(model, name, _quantize_module(name, module, bits, scales.get(name)))
     tie_head(model, plan)
     attach_quantizer(model, config.resolved(plan, awq=bool(scales)))
     polar = [model.get_submodule(name) for name in plan.bits]

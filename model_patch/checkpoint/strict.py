@@ -103,7 +103,9 @@ def _disagreement(name: str, tensor: torch.Tensor, info: TensorInfo) -> str | No
 
 
 def _may_be_left(model: nn.Module, name: str) -> bool:
-    """Tensors that the model's class declares to ignore: multi-token prediction, a vision tower not asked for."""
+    """A second copy of a tied weight, and what the model's class ignores: multi-token prediction, an unused tower."""
+    if canonical(name) in {canonical(tied) for tied in getattr(model, "all_tied_weights_keys", None) or {}}:
+        return True
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     return any(re.search(pattern, name) for pattern in patterns)
 

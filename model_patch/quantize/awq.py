@@ -1,0 +1,53 @@
+"""AWQ: per-channel scales that spare the channels with large activations, one vector per input site.
+
+s = mean|x|^a, normalised to geometric mean 1; the exponent a is the one that gives the smallest error of the site's
+outputs on sampled activations, quantisation included. a = 0, no scaling, is always a candidate.
+Source: J. Lin et al., AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration, 2024.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from model_patch.quantize.calibrate import SiteStatistics
+from polar_kernels import quantize_weight, reference
+
+EXPONENTS = tuple(step / 20 for step in range(21))
+_ROWS = 1024  # of each weight, evenly spread, that the search looks at
+_LIMIT = 1e4  # fp16 keeps scales within 1/LIMIT..LIMIT exact enough and far from its ends
+
+
+@torch.no_grad()
+def search_awq_scales(
+    statistics: SiteStatistics, weights: Sequence[torch.Tensor], bits: Sequence[int]
+) -> tuple[torch.Tensor, float]:
+    """The best scales fp16 [K] for a site and their exponent.
+
+    weights: the site's weights [N_i, K], on the device to search on; bits: of each.
+    """
+    device = weights[0].device
+    sample = statistics.sample.to(device)
+    rows = [weight[:: max(1, weight.shape[0] // _ROWS)][:_ROWS].float() for weight in weights]
+    outputs = [sample @ weight.T for weight in rows]
+    best, best_error = None, torch.inf
+    for exponent in EXPONENTS:
+        scales = _scales(statistics.mean_abs.to(device), exponent)
+        error = sum(_error(sample, *args, scales) for args in zip(rows, outputs, bits, strict=True))
+        if error < best_error:
+            best, best_error = (scales, exponent), error
+    assert best is not None  # the error of exponent 0 is finite
+    return best
+
+
+def _scales(mean_abs: torch.Tensor, exponent: float) -> torch.Tensor:
+    # A channel that is never active would ask for a scale of 0.
+    logs = mean_abs.clamp_min(mean_abs.max() * 1e-6).clamp_min(1e-30).log() * exponent
+    return (logs - logs.mean()).exp().clamp(1 / _LIMIT, _LIMIT).half()
+
+
+def _error(sample: torch.Tensor, weight: torch.Tensor, output: torch.Tensor, bits: int, scales: torch.Tensor) -> float:
+    """Squared error of the layer's output relative to its size, so that a site's layers count alike."""
+    quantized = quantize_weight(weight, bits, awq_scales=scales)
+    parts = (quantized.packed, quantized.norms, quantized.awq_scales, quantized.centroids)
+    change = sample @ reference.dequantize(*parts, weight.shape[1], torch.float32).T - output
+    return float(change.square().sum() / output.square().sum().clamp_min(1e-30))

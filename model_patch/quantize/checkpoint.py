@@ -1,0 +1,136 @@
+"""A checkpoint quantised as a stream: one source tensor and one output shard in memory at a time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model_patch.architectures import LayerPlan, canonical
+from model_patch.checkpoint.package import DEFAULT_SHARD_SIZE, write_quantized
+from model_patch.checkpoint.reader import Checkpoint, read_config
+from model_patch.checkpoint.strict import PARTS, check_checkpoint
+from model_patch.checkpoint.writer import check_output, passthrough
+from model_patch.config import PolarQuantConfig
+from model_patch.errors import UnsupportedModelError
+from model_patch.load import meta_model
+from model_patch.patch import plan_model
+from model_patch.progress import Progress, no_progress
+from polar_kernels import BLOCK_SIZE, PolarError, PolarWeight, lloyd_max_levels, quantize_weight
+from polar_kernels.hadamard import padded_size
+from polar_kernels.packing import packed_size
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """What quantising a checkpoint will write, known from its headers.
+
+    layers: what becomes of each layer, by its name in the model. names: layer name in the model -> in the checkpoint.
+    layout: tensor name -> meta tensor of the output, in order. source: the checkpoint read.
+    """
+
+    layers: LayerPlan
+    names: dict[str, str]
+    layout: dict[str, torch.Tensor]
+    source: Checkpoint
+    config: PolarQuantConfig
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(info.nbytes for info in self.source.tensors.values())
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.layout.values())
+
+    def layer_bytes(self, name: str) -> tuple[int, int]:
+        """Bytes of the layer `name` before and after."""
+        stored = self.names[name]
+        after = sum(self.layout[key].nbytes for part in PARTS if (key := f"{stored}.{part}") in self.layout)
+        return self.source.tensors[f"{stored}.weight"].nbytes, after
+
+
+def plan_checkpoint(source: Path, config: PolarQuantConfig, awq: bool) -> QuantizePlan:
+    """Read headers and config of a plain checkpoint and decide what is written. Raises as `quantize_checkpoint`."""
+    if "quantization_config" in read_config(source):
+        raise UnsupportedModelError(f"{source} is quantised already: quantise the original checkpoint")
+    model, checkpoint = meta_model(source), Checkpoint.open(source)
+    check_checkpoint(model, checkpoint)
+    layers = plan_model(model, config)
+    by_short = {canonical(name): name for name in checkpoint.tensors}
+    names = {name: by_short[canonical(f"{name}.weight")].removesuffix(".weight") for name in layers.bits}
+    awq_layers = {name for members in layers.sites().values() for name in members} if awq else set()
+    stored_bits = {names[name]: bits for name, bits in layers.bits.items()}
+    second_copies = {canonical(name) for name in model.all_tied_weights_keys}
+    layout: dict[str, torch.Tensor] = {}
+    for name in checkpoint.tensors:
+        if canonical(name) in second_copies:
+            continue
+        layer = name.removesuffix(".weight")
+        if layer in stored_bits and name.endswith(".weight"):
+            rows, columns = checkpoint.tensors[name].shape
+            scaled = layer in {names[n] for n in awq_layers}
+            layout |= _parts(layer, rows, columns, stored_bits[layer], scaled)
+        else:
+            layout[name] = passthrough(checkpoint, name)
+    return QuantizePlan(layers, names, layout, checkpoint, config.resolved(layers, awq))
+
+
+def quantize_checkpoint(
+    plan: QuantizePlan,
+    out: Path,
+    *,
+    awq_scales: Mapping[str, torch.Tensor] | None = None,
+    device: torch.device | str = "cpu",
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> list[str]:
+    """Carry out `plan` into the folder `out`; returns warnings.
+
+    awq_scales: layer name in the model -> fp16 [K]; needed for each linear layer when the plan was made with `awq`.
+    Raises QuantizationError naming the tensor whose weight cannot be quantised, OutputError when `out` cannot be
+    written; then nothing is left behind.
+    """
+    check_output(out, overwrite)
+    scales = {plan.names[name]: value for name, value in (awq_scales or {}).items()}
+    bits = {plan.names[name]: b for name, b in plan.layers.bits.items()}
+    ready: dict[str, torch.Tensor] = {}  # parts of a layer quantised already and not yet asked for
+    done = 0
+
+    def produce(name: str) -> torch.Tensor:
+        nonlocal done
+        layer, _, part = name.rpartition(".")
+        if layer not in bits or part not in PARTS:
+            return plan.source.read(name)
+        if name not in ready:
+            weight = _quantize(plan.source, layer, bits[layer], scales.get(layer), device)
+            ready.update({f"{layer}.{key}": getattr(weight, key) for key in PARTS if getattr(weight, key) is not None})
+            done += 1
+            progress(done, len(bits), layer)
+        return ready.pop(name)
+
+    tables = {b: lloyd_max_levels(b) for b in set(bits.values())}
+    options = {"max_shard_size": max_shard_size, "overwrite": overwrite}
+    return write_quantized(plan.source.where, out, plan.layout, produce, plan.config, tables, bits, **options)
+
+
+def _quantize(
+    source: Checkpoint, layer: str, bits: int, awq_scales: torch.Tensor | None, device: torch.device | str
+) -> PolarWeight:
+    try:
+        return quantize_weight(source.read(f"{layer}.weight", device), bits, awq_scales=awq_scales)
+    except PolarError as error:
+        raise type(error)(f"{source.tensors[f'{layer}.weight'].file}: {layer}.weight: {error}") from error
+
+
+def _parts(layer: str, rows: int, columns: int, bits: int, scaled: bool) -> dict[str, torch.Tensor]:
+    """Meta tensors of a quantised layer."""
+    padded = padded_size(columns)
+    parts = {
+        f"{layer}.packed": torch.empty(rows, packed_size(padded, bits), dtype=torch.uint8, device="meta"),
+        f"{layer}.norms": torch.empty(rows, padded // BLOCK_SIZE, dtype=torch.float16, device="meta"),
+    }
+    if scaled:
+        parts[f"{layer}.awq_scales"] = torch.empty(columns, dtype=torch.float16, device="meta")
+    return parts
