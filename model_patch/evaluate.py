@@ -58,7 +58,7 @@ def evaluate(
     reference: nn.Module | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
-    """Score `tokens` [T] with `model`, and compare with `reference` where it is given. The last, short window is left out.
+    """Score `tokens` [T] with `model`, and compare with `reference` if given; a last, short window is left out.
 
     Raises CheckpointError when the text has no whole window.
     """

@@ -102,7 +102,7 @@ class PolarHfQuantizer(HfQuantizer):
             if "weight" in module._parameters:
                 problems.append(f"{name}.weight is missing")
             if self.pre_quantized:
-                module.centroids = self._tables[module.bits].to(module.packed.device)
+                module.centroids = self._tables[module.bits].to(module.packed.device, copy=True)
                 problems += value_problems(name, module)
         if problems:
             raise CheckpointError(getattr(model, "name_or_path", None) or "checkpoint", problems)

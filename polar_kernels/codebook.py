@@ -6,8 +6,8 @@ layer. The table must be converged: the generator published with the method stop
 rounds at 256 levels; the stationarity condition is a smooth system with a tridiagonal Jacobian, which a damped Newton
 method solves in few steps.
 
-Tables are made on the CPU whatever torch's default device is: transformers builds models under the meta device, and a
-cached table without values would serve everyone after.
+Tables are made on the CPU as ordinary tensors, whatever torch's default device and mode are: transformers builds models
+under the meta device, and a cached table without values would serve everyone after.
 """
 
 import math
@@ -33,7 +33,7 @@ def bits_of(centroids: torch.Tensor) -> int:
     """Bits per code of a table of levels, from its length."""
     count = centroids.numel()
     bits = count.bit_length() - 1
-    if centroids.dim() != 1 or count != 1 << bits or not MIN_BITS <= bits <= MAX_BITS:
+    if centroids.dim() != 1 or not MIN_BITS <= bits <= MAX_BITS or count != 1 << bits:
         raise ArgumentError(
             f"centroids must be 1-D with 2^bits levels, bits from {MIN_BITS} to {MAX_BITS}; "
             f"found shape {tuple(centroids.shape)}"
@@ -48,6 +48,7 @@ def check_levels(centroids: torch.Tensor) -> None:
 
 
 @cache
+@torch.inference_mode(False)
 def lloyd_max_levels(bits: int) -> torch.Tensor:
     """Converged Lloyd-Max levels of N(0, 1).
 
@@ -99,6 +100,7 @@ def _stationarity(levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 @cache
+@torch.inference_mode(False)
 def published_levels(bits: int) -> torch.Tensor:
     """The table of the published generator, for checkpoints that store none and for comparison.
 

@@ -9,6 +9,7 @@ BLOCK_SIZE = 128
 
 
 @cache
+@torch.inference_mode(False)
 def hadamard_matrix(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """H [128, 128]: natural (Sylvester) order divided by sqrt(128), so H = H^T = H^-1. Shared: do not write to it."""
     matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")  # not torch's default device
@@ -20,7 +21,8 @@ def hadamard_matrix(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 def transform_blocks(x: torch.Tensor) -> torch.Tensor:
     """Transform each run of 128 along the last dimension of x [..., n * 128]; its own inverse."""
     blocks = x.unflatten(-1, (-1, BLOCK_SIZE))
-    return (blocks @ hadamard_matrix(x.dtype, x.device)).flatten(-2)
+    with torch.autocast(x.device.type, enabled=False):  # which would round the operands
+        return (blocks @ hadamard_matrix(x.dtype, x.device)).flatten(-2)
 
 
 def padded_size(features: int) -> int:

@@ -81,6 +81,6 @@ class PolarModule(nn.Module):
 
 def cast_for_autocast(x: torch.Tensor) -> torch.Tensor:
     """What autocast would do to the input of `nn.Linear`: it cannot see into our operators."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))

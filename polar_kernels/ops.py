@@ -2,7 +2,7 @@
 
 | operator | CPU | CUDA |
 |---|---|---|
-| linear | reference.linear | kernels.rotate + kernels.matmul |
+| linear | reference.linear | kernels.matmul, which calls kernels.rotate |
 | rotate | reference.rotate | kernels.rotate |
 | dequantize | reference.dequantize | kernels.dequantize |
 | embedding | reference.embedding | kernels.dequantize |
@@ -94,18 +94,18 @@ def _check_embedding(
 
 
 def _linear_cuda(x, packed, norms, awq_scales, centroids, bias):
-    from polar_kernels.kernels.matmul import matmul
-    from polar_kernels.kernels.rotate import rotate
+    from polar_kernels.kernels.matmul import linear
 
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    out = matmul(rotate(rows, awq_scales), packed, norms, centroids, bias, x.dtype)
+    out = linear(rows, packed, norms, awq_scales, centroids, None if bias is None else bias.contiguous())
     return out.view(*x.shape[:-1], packed.shape[0])
 
 
 def _rotate_cuda(x, awq_scales):
     from polar_kernels.kernels.rotate import rotate
 
-    out = rotate(x.reshape(-1, x.shape[-1]).contiguous(), awq_scales)
+    scales = None if awq_scales is None else awq_scales.contiguous()
+    out = rotate(x.reshape(-1, x.shape[-1]).contiguous(), scales).to(x.dtype)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -179,7 +179,7 @@ def _linear_backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         grad_x = grad @ dequantize(packed, norms, awq_scales, centroids, ctx.in_features, ctx.dtype)
     if ctx.needs_input_grad[5]:
-        grad_bias = grad.flatten(0, -2).sum(0)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_x, None, None, None, None, grad_bias
 
 

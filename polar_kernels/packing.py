@@ -37,9 +37,9 @@ def pack_codes(codes: torch.Tensor, bits: int, bit_order: BitOrder = "lsb") -> t
         raise ArgumentError(f"the last dimension must be a multiple of {_GROUP}, found {codes.shape[-1]}")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
         raise ArgumentError(f"codes must lie in 0..{(1 << bits) - 1}, found {int(codes.min())}..{int(codes.max())}")
+    code_shifts, byte_shifts = _shifts(bits, bit_order, codes.device)
     if bits == 8:
         return codes.to(torch.uint8)
-    code_shifts, byte_shifts = _shifts(bits, bit_order, codes.device)
     groups = codes.unflatten(-1, (-1, _GROUP)).to(torch.int64) << code_shifts
     word = groups.sum(-1, keepdim=True)  # the fields are disjoint, so the sum is their union
     return ((word >> byte_shifts) & 0xFF).to(torch.uint8).flatten(-2)
@@ -52,8 +52,8 @@ def unpack_codes(packed: torch.Tensor, bits: int, bit_order: BitOrder = "lsb") -
         raise ArgumentError(
             f"packed must be uint8 with a multiple of {bits} bytes a row, found {packed.dtype} {tuple(packed.shape)}"
         )
+    code_shifts, byte_shifts = _shifts(bits, bit_order, packed.device)
     if bits == 8:
         return packed.clone()
-    code_shifts, byte_shifts = _shifts(bits, bit_order, packed.device)
     word = (packed.unflatten(-1, (-1, bits)).to(torch.int64) << byte_shifts).sum(-1, keepdim=True)
     return ((word >> code_shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(-2)

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from polar_kernels.codebook import bits_of, check_levels, lloyd_max_levels
+from polar_kernels.codebook import bits_of, check_bits, check_levels, lloyd_max_levels
 from polar_kernels.errors import ArgumentError, QuantizationError
 from polar_kernels.hadamard import BLOCK_SIZE, pad_blocks, padded_size, transform_blocks
 from polar_kernels.packing import pack_codes, packed_size
@@ -36,7 +36,7 @@ def quantize_weight(
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ArgumentError(f"weight must be a 2-D float tensor, found {weight.dtype} {list(weight.shape)}")
     table = lloyd_max_levels(bits) if centroids is None else _check_table(centroids, bits)
-    table = table.to(weight.device)
+    table = table.to(weight.device, copy=True)  # a layer's own, not the cached or the caller's
     scales = None if awq_scales is None else _check_scales(awq_scales, weight.shape[1]).to(weight.device)
     rows, blocks = weight.shape[0], padded_size(weight.shape[1]) // BLOCK_SIZE
     packed = weight.new_empty(rows, packed_size(blocks * BLOCK_SIZE, bits), dtype=torch.uint8)
@@ -45,7 +45,7 @@ def quantize_weight(
     for start in range(0, rows, step):
         chunk = weight[start : start + step].float()
         _check_finite(chunk, start)
-        scaled = pad_blocks(chunk if scales is None else chunk * scales.float())
+        scaled = pad_blocks(chunk if scales is None else _scale_columns(chunk, scales, start))
         codes, scale = _quantize_blocks(scaled, table, least_squares)
         packed[start : start + step] = pack_codes(codes, bits)
         norms[start : start + step] = scale
@@ -91,6 +91,18 @@ def _to_fp16(norms: torch.Tensor) -> torch.Tensor:
     return stored
 
 
+def _scale_columns(chunk: torch.Tensor, scales: torch.Tensor, first_row: int) -> torch.Tensor:
+    scaled = chunk * scales.float()
+    bad = ~scaled.isfinite()
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise QuantizationError(
+            f"the weight times its AWQ scale overflows at [{first_row + row}, {column}]: "
+            f"{chunk[row, column].item():.4g} times {scales[column].item():.4g}"
+        )
+    return scaled
+
+
 def _check_finite(chunk: torch.Tensor, first_row: int) -> None:
     bad = ~chunk.isfinite()
     if bad.any():
@@ -104,7 +116,7 @@ def _check_finite(chunk: torch.Tensor, first_row: int) -> None:
 def _check_scales(awq_scales: torch.Tensor, in_features: int) -> torch.Tensor:
     if tuple(awq_scales.shape) != (in_features,):
         raise ArgumentError(f"awq_scales must have shape [{in_features}], found {list(awq_scales.shape)}")
-    stored = awq_scales.half()
+    stored = awq_scales.to(torch.float16, copy=True)  # layers of a site are given the same tensor; each saves its own
     bad = ~(stored.isfinite() & (stored > 0))
     if bad.any():
         index = int(bad.nonzero()[0])
@@ -115,7 +127,7 @@ def _check_scales(awq_scales: torch.Tensor, in_features: int) -> torch.Tensor:
 
 
 def _check_table(centroids: torch.Tensor, bits: int) -> torch.Tensor:
-    if bits_of(centroids) != bits:
+    if bits_of(centroids) != check_bits(bits):
         raise ArgumentError(f"centroids must have {1 << bits} levels at {bits} bits, found {centroids.numel()}")
     check_levels(centroids)
     return centroids.float()

@@ -46,8 +46,9 @@ def linear(
     work = arithmetic_dtype(x.dtype)
     rotated = rotate(x.to(work), awq_scales).flatten(0, -2) if x.dim() > 1 else rotate(x.to(work), awq_scales)[None]
     out = torch.empty(rotated.shape[0], packed.shape[0], dtype=work, device=x.device)
-    for rows in _row_chunks(packed, centroids):
-        torch.mm(rotated, _scaled_levels(packed[rows], norms[rows], centroids, work).T, out=out[:, rows])
+    with torch.autocast(x.device.type, enabled=False):  # which would round the operands
+        for rows in _row_chunks(packed, centroids):
+            torch.mm(rotated, _scaled_levels(packed[rows], norms[rows], centroids, work).T, out=out[:, rows])
     if bias is not None:
         out += bias.to(work)
     return out.to(x.dtype).unflatten(0, x.shape[:-1]) if x.dim() > 1 else out.to(x.dtype)[0]
@@ -81,6 +82,8 @@ def embedding(
 ) -> torch.Tensor:
     """Rows `ids` [...] of W_hat: [..., embedding_dim] in `dtype`. Raises IndexError for an id outside the table."""
     flat = ids.flatten()
+    if flat.numel() and int(flat.min()) < 0:
+        raise IndexError(f"id {int(flat.min())} is outside the table of {packed.shape[0]} rows")
     rows = dequantize(packed[flat], norms[flat], awq_scales, centroids, embedding_dim, dtype)
     return rows.reshape(*ids.shape, embedding_dim)
 

@@ -7,7 +7,6 @@ import triton.language as tl
 from polar_kernels.hadamard import BLOCK_SIZE
 
 BLOCK = tl.constexpr(BLOCK_SIZE)
-RSQRT_BLOCK = tl.constexpr(BLOCK_SIZE**-0.5)
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -24,12 +23,6 @@ def load_codes(packed_ptr, rows, row_mask, block, row_bytes, BITS: tl.constexpr)
         straddles = (bit % 8 + BITS > 8)[None, :] & row_mask[:, None]
         word |= tl.load(pointers + 1, mask=straddles, other=0).to(tl.int32) << 8
     return (word >> (bit % 8)[None, :]) & ((1 << BITS) - 1)
-
-
-@triton.jit
-def load_levels(centroids_ptr, codes):
-    """centroids[codes] / sqrt(128), fp32."""
-    return tl.load(centroids_ptr + codes) * RSQRT_BLOCK
 
 
 @triton.jit

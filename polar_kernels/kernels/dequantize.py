@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from polar_kernels.codebook import bits_of
-from polar_kernels.kernels.blocks import BLOCK, RSQRT_BLOCK, butterflies, load_codes, load_levels, storable
+from polar_kernels.kernels.blocks import BLOCK, butterflies, load_codes, storable
 
 _ROWS_PER_PROGRAM = 16
 
@@ -34,10 +34,10 @@ def _dequantize_kernel(
     if HAS_IDS:
         row = tl.load(ids_ptr + position, mask=position < count, other=0).to(tl.int64)
     known = (row >= 0) & (row < N) & (position < count)
-    levels = load_levels(centroids_ptr, load_codes(packed_ptr, row, known, block, row_bytes, BITS))
+    levels = tl.load(centroids_ptr + load_codes(packed_ptr, row, known, block, row_bytes, BITS))
     # An id outside the table cannot raise from here: its row becomes NaN and no memory outside the table is read.
     norms = tl.load(norms_ptr + row * row_blocks + block, mask=known, other=float("nan")).to(tl.float32)
-    weight = butterflies(levels, ROWS) * RSQRT_BLOCK * norms[:, None]
+    weight = butterflies(levels, ROWS) / BLOCK * norms[:, None]  # one sqrt(128) is the levels', one the transform's
     column = block * BLOCK + tl.arange(0, BLOCK)
     if HAS_SCALES:
         weight = weight / tl.load(scales_ptr + column, mask=column < K, other=1.0).to(tl.float32)[None, :]

@@ -2,6 +2,9 @@
 
 The weight tile is the first operand (Y^T = W X^T), so that on Hopper it feeds the tensor cores from registers.
 Levels are rounded to the activation's dtype; sums are fp32.
+
+The 1 / sqrt(128) of the levels is put on the rotated activation instead, which then is no larger than the activation
+itself: an fp16 block of equal large values would overflow when rotated.
 """
 
 import torch
@@ -10,7 +13,8 @@ import triton.language as tl
 
 from polar_kernels.codebook import bits_of
 from polar_kernels.hadamard import BLOCK_SIZE
-from polar_kernels.kernels.blocks import BLOCK, load_codes, load_levels, storable
+from polar_kernels.kernels.blocks import BLOCK, load_codes, storable
+from polar_kernels.kernels.rotate import rotate
 
 
 @triton.jit
@@ -37,7 +41,7 @@ def _matmul_kernel(
     # A constexpr bound: Triton 3.6's interpreter cannot loop to a run-time one.
     for block in range(ROW_BLOCKS):
         codes = load_codes(packed_ptr, n, n < N, block, row_bytes, BITS)
-        levels = load_levels(centroids_ptr, codes).to(x_ptr.dtype.element_ty)
+        levels = tl.load(centroids_ptr + codes).to(x_ptr.dtype.element_ty)
         x = tl.load(
             x_ptr + m[None, :] * (ROW_BLOCKS * BLOCK) + block * BLOCK + k[:, None], mask=(m < M)[None, :], other=0.0
         )
@@ -50,6 +54,18 @@ def _matmul_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
 
 
+def linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    norms: torch.Tensor,
+    awq_scales: torch.Tensor | None,
+    centroids: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """x [M, K] contiguous, fp16, bf16 or fp32, times the transposed weight, plus bias [N]: [M, N] in x's dtype."""
+    return matmul(rotate(x, awq_scales, gain=BLOCK_SIZE**-0.5), packed, norms, centroids, bias, x.dtype)
+
+
 def matmul(
     rotated: torch.Tensor,
     packed: torch.Tensor,
@@ -58,7 +74,7 @@ def matmul(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Rotated activations [M, Kp] contiguous times the transposed weight, plus bias [N]: [M, N] in `dtype`."""
+    """rotated [M, Kp] contiguous, already divided by sqrt(128), times norms * centroids[codes]: [M, N] in `dtype`."""
     rows, out_features = rotated.shape[0], packed.shape[0]
     out = torch.empty(rows, out_features, dtype=storable(dtype), device=rotated.device)
     if out.numel():
@@ -74,7 +90,7 @@ def matmul(
             M=rows,
             N=out_features,
             row_bytes=packed.shape[1],
-            ROW_BLOCKS=rotated.shape[1] // BLOCK_SIZE,
+            ROW_BLOCKS=norms.shape[1],
             BITS=bits_of(centroids),
             HAS_BIAS=bias is not None,
             BLOCK_M=block_m,

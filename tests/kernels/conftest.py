@@ -35,6 +35,12 @@ def relative_error() -> Callable[[torch.Tensor, torch.Tensor], float]:
     return measure
 
 
+@pytest.fixture(scope="session")
+def rounding() -> dict[torch.dtype, float]:
+    """Relative errors allowed: a few roundings in fp32, whose sums are fp32 too, and one or two in the others."""
+    return {torch.float32: 4e-7, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets torch.empty return NaN, so that an element which a kernel does not write is seen."""

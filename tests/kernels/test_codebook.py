@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -50,9 +51,9 @@ def test_documented_levels_at_32() -> None:
 @pytest.mark.parametrize("bits", ALL_BITS)
 def test_levels_are_centroids_of_their_cells(bits: int) -> None:
     positive = lloyd_max_levels(bits)[1 << (bits - 1) :].tolist()
-    inner = [(a + b) / 2 for a, b in zip(positive, positive[1:], strict=False)]
+    inner = [(a + b) / 2 for a, b in pairwise(positive)]
     edges = [0.0, *inner, math.inf]
-    cells = [cell_centroid(low, high) for low, high in zip(edges, edges[1:], strict=False)]
+    cells = [cell_centroid(low, high) for low, high in pairwise(edges)]
     assert positive == pytest.approx(cells, abs=1e-6, rel=0)
 
 

@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from polar_kernels import ArgumentError, NoDenseWeightError, PolarEmbedding, ops, published_levels, quantize_weight
+from polar_kernels import (
+    ArgumentError,
+    NoDenseWeightError,
+    PolarEmbedding,
+    PolarLinear,
+    TiedPolarHead,
+    ops,
+    published_levels,
+    quantize_weight,
+)
 
 N, K = 37, 200
 STORED = {"packed": torch.uint8, "norms": torch.float16, "centroids": torch.float32}
@@ -153,6 +162,26 @@ def test_training_mode_and_parameters(table: nn.Embedding) -> None:
 
 def test_repr(layer: PolarEmbedding) -> None:
     assert repr(layer) == "PolarEmbedding(37, 200, bits=5, dtype=torch.float32)"
+
+
+def test_tied_head(device: torch.device, layer: PolarEmbedding) -> None:
+    head, x = TiedPolarHead(layer), torch.randn(2, 3, K, device=device)
+    assert head.embedding is layer
+    assert torch.equal(head(x), PolarLinear.from_weight(layer.polar_weight)(x))
+    assert [*head.state_dict(), *head.parameters(), *head.buffers(), *head.children()] == []
+    with torch.autocast(device.type, torch.bfloat16):
+        assert head(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copied_model_stays_tied(device: torch.device, layer: PolarEmbedding, duplicate) -> None:
+    model = duplicate(nn.ModuleDict({"embedding": layer, "head": TiedPolarHead(layer)}))
+    assert model["head"].embedding is model["embedding"]
+    assert model["embedding"] is not layer
+    other = PolarEmbedding.from_embedding(nn.Embedding(N, K, device=device))
+    model["embedding"].load_state_dict(other.state_dict())
+    x = torch.randn(2, K, device=device)
+    assert torch.equal(model["head"](x), TiedPolarHead(other)(x))
 
 
 @pytest.mark.gpu

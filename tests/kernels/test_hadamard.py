@@ -32,6 +32,18 @@ def test_matrix_has_the_asked_dtype_and_device(device: torch.device) -> None:
     assert matrix.device.type == device.type
 
 
+@pytest.mark.parametrize("context", [lambda: torch.device("meta"), torch.inference_mode])
+def test_matrix_does_not_depend_on_the_context_of_its_first_call(device: torch.device, context) -> None:
+    hadamard_matrix.cache_clear()
+    try:
+        with context():
+            matrix = hadamard_matrix(torch.float64, device)
+        assert matrix.device.type == device.type
+        assert not matrix.is_inference()
+    finally:
+        hadamard_matrix.cache_clear()
+
+
 def test_blocks_are_transformed_one_by_one(device: torch.device, closed_form: torch.Tensor) -> None:
     x = torch.randn(2, 3, 3 * BLOCK_SIZE, dtype=torch.float64, device=device)
     expected = torch.cat([block @ closed_form for block in x.split(BLOCK_SIZE, -1)], -1)

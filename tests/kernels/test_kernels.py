@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from polar_kernels import lloyd_max_levels, pack_codes, reference, unpack_codes
 from polar_kernels.hadamard import hadamard_matrix, pad_blocks
 from polar_kernels.kernels.dequantize import dequantize_rows
-from polar_kernels.kernels.matmul import matmul
+from polar_kernels.kernels.matmul import linear, matmul
 from polar_kernels.kernels.rotate import rotate
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -37,11 +37,6 @@ def assert_precise(relative_error) -> Callable[..., None]:
     return check
 
 
-def fused_linear(x: torch.Tensor, parts: tuple, bias: torch.Tensor | None) -> torch.Tensor:
-    packed, norms, scales, centroids = parts
-    return matmul(rotate(x, scales), packed, norms, centroids, bias, x.dtype)
-
-
 @pytest.fixture
 def check_linear(device: torch.device, random_weight, assert_precise) -> Callable[..., None]:
     """Compares calls with `rows` rows each, as many as OUTPUTS takes."""
@@ -53,7 +48,7 @@ def check_linear(device: torch.device, random_weight, assert_precise) -> Callabl
         offset = torch.randn(shape[0], device=device).to(dtype) if bias else None
         exact = reference.linear(x.double(), *parts, offset)
         dense = reference.dequantize(*parts, shape[1], torch.float64)
-        actual = torch.cat([fused_linear(part, parts, offset) for part in x.split(rows)])
+        actual = torch.cat([linear(part, *parts, offset) for part in x.split(rows)])
         assert_precise(actual, F.linear(x, dense.to(dtype), offset), exact)
 
     return check
@@ -109,7 +104,7 @@ def test_bias_may_have_another_dtype(device: torch.device, random_weight, assert
     bias = torch.randn(37, device=device).to(dtype)
     dense = reference.dequantize(*parts, 200, torch.float16)
     exact = reference.linear(x.double(), *parts, bias)
-    assert_precise(fused_linear(x, parts, bias), F.linear(x, dense, bias.half()), exact)
+    assert_precise(linear(x, *parts, bias), F.linear(x, dense, bias.half()), exact)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -189,7 +184,7 @@ def test_matmul_reads_every_code_at_every_position(device: torch.device, bits: i
     """With unit vectors for activations, the product is the levels themselves, exactly."""
     codes, packed = every_code(bits, device)
     table, norms = lloyd_max_levels(bits).to(device), torch.ones(1 << bits, 2, device=device).half()
-    expected = (table * 128**-0.5)[codes].T
+    expected = table[codes].T
     for dtype in (torch.float32, torch.float16):
         out = matmul(torch.eye(256, device=device, dtype=dtype), packed, norms, table, None, dtype)
         assert torch.equal(out, expected.to(dtype))
@@ -204,7 +199,7 @@ def test_zero_norms_give_exact_zeros(device: torch.device, random_weight, dtype:
     assert not weight[5].any()
     assert not weight[8, 128:].any()
     assert weight[8, :128].any()
-    out = fused_linear(torch.randn(3, 200, device=device).to(dtype), parts, None)
+    out = linear(torch.randn(3, 200, device=device).to(dtype), *parts, None)
     assert not out[:, 5].any()
     assert out[:, 8].all()
 
@@ -213,9 +208,9 @@ def test_zero_norms_give_exact_zeros(device: torch.device, random_weight, dtype:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_activations_stay_in_their_row(device: torch.device, random_weight, value: float) -> None:
     parts, x = random_weight(37, 200), torch.randn(20, 200, device=device)
-    clean = fused_linear(x, parts, None)
+    clean = linear(x, *parts, None)
     x[7, 150] = value
-    out = fused_linear(x, parts, None)
+    out = linear(x, *parts, None)
     others = torch.arange(20) != 7
     assert torch.equal(out[others], clean[others])
     assert not out[7].isfinite().any()
@@ -232,7 +227,7 @@ def test_large_fp16_activations(device: torch.device, random_weight, assert_prec
     parts = (packed, norms * 0.01, None, centroids)
     x = torch.full((4, 128), 6000.0, device=device).half()
     measure = F.linear(x, reference.dequantize(*parts, 128, torch.float16))
-    assert_precise(fused_linear(x, parts, None), measure, reference.linear(x.double(), *parts))
+    assert_precise(linear(x, *parts, None), measure, reference.linear(x.double(), *parts))
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
@@ -274,7 +269,7 @@ def test_empty_inputs(device: torch.device, random_weight, dtype: torch.dtype) -
     parts, none = random_weight(37, 200), random_weight(0, 200)
     x = torch.empty(0, 200, dtype=dtype, device=device)
     assert rotate(x, parts[2]).shape == (0, 256)
-    assert fused_linear(x, parts, None).shape == (0, 37)
-    assert fused_linear(torch.ones(3, 200, dtype=dtype, device=device), none, None).shape == (3, 0)
+    assert linear(x, *parts, None).shape == (0, 37)
+    assert linear(torch.ones(3, 200, dtype=dtype, device=device), *none, None).shape == (3, 0)
     assert dequantize_rows(None, *none, 200, dtype).shape == (0, 200)
     assert dequantize_rows(torch.empty(0, dtype=torch.int64, device=device), *parts, 200, dtype).shape == (0, 200)

@@ -15,8 +15,6 @@ N, K = 37, 200
 OPERATORS = {"linear": ops.linear, "rotate": ops.rotate, "dequantize": ops.dequantize, "embedding": ops.embedding}
 NAMES = tuple(OPERATORS)
 WEIGHT_NAMES = ("linear", "dequantize", "embedding")
-# Relative Frobenius errors: a few roundings in fp32, whose sums are fp32 too, and one or two in the others.
-ROUNDING = {torch.float32: 4e-7, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
 @pytest.fixture
@@ -57,14 +55,14 @@ def test_opcheck_with_gradients(arguments) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", ops.FLOATS)
-def test_results_equal_the_reference(arguments, relative_error, name: str, dtype: torch.dtype) -> None:
+def test_results_equal_the_reference(arguments, relative_error, rounding, name: str, dtype: torch.dtype) -> None:
     given = arguments(name, dtype=dtype)
     exact = {key: torch.float64 if key == "dtype" else value for key, value in given.items()}
     if "x" in exact:
         exact["x"] = exact["x"].double()
     actual = OPERATORS[name](**given)
     assert actual.dtype == dtype
-    assert relative_error(actual, getattr(reference, name)(**exact)) < ROUNDING[dtype]
+    assert relative_error(actual, getattr(reference, name)(**exact)) < rounding[dtype]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -213,7 +211,7 @@ def test_cpu_and_gpu_are_not_mixed(arguments, name: str, part: str) -> None:
 
 @pytest.mark.parametrize("dtype", ops.FLOATS)
 @pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3)])
-def test_gradients(arguments, relative_error, dtype: torch.dtype, lead: tuple[int, ...]) -> None:
+def test_gradients(arguments, relative_error, rounding, dtype: torch.dtype, lead: tuple[int, ...]) -> None:
     given = arguments("linear", dtype=dtype)
     x = torch.randn(*lead, K, device=given["x"].device).to(dtype).requires_grad_()
     bias = given["bias"].requires_grad_()
@@ -224,8 +222,8 @@ def test_gradients(arguments, relative_error, dtype: torch.dtype, lead: tuple[in
     exact = grad.double() @ reference.dequantize(*weight, K, torch.float64)
     assert x.grad.dtype == bias.grad.dtype == dtype
     assert x.grad.shape == x.shape
-    assert relative_error(x.grad, exact) < ROUNDING[dtype]
-    assert relative_error(bias.grad, grad.double().view(-1, N).sum(0)) < ROUNDING[dtype]
+    assert relative_error(x.grad, exact) < rounding[dtype]
+    assert relative_error(bias.grad, grad.double().view(-1, N).sum(0)) < rounding[dtype]
 
 
 def test_gradients_of_no_rows(arguments) -> None:
