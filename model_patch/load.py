@@ -4,8 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,6 +42,22 @@ def find_checkpoint(source: str | Path) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(source, f"no such folder, and the Hub did not give it: {reason}") from error
+
+
+def find_headers(source: str | Path) -> tuple[Path, Checkpoint]:
+    """A folder with the checkpoint's config.json, and its tensors' headers; of a Hub name no weight is downloaded."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder, Checkpoint.open(folder)
+    try:
+        config = hf_hub_download(str(source), "config.json")
+        headers = get_safetensors_metadata(str(source))
+    except HFValidationError as error:
+        raise CheckpointError(source, "no such folder, and not the name of a model on the Hub") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(source, f"no such folder, and the Hub did not give its headers: {reason}") from error
+    return Path(config).parent, Checkpoint.from_hub(headers, Path(config).parent)
 
 
 def quantization_config(config: dict[str, Any]) -> PolarQuantConfig | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import SafetensorsRepoMetadata
 from safetensors import SafetensorError, safe_open
 
 from model_patch.errors import CheckpointError
@@ -104,6 +105,17 @@ class Checkpoint:
         where = where or (paths[0].parent if paths else Path())
         if problems:
             raise CheckpointError(where, problems)
+        return cls(where, tensors, metadata)
+
+    @classmethod
+    def from_hub(cls, headers: SafetensorsRepoMetadata, where: Path) -> "Checkpoint":
+        """The headers of a repository on the Hub; `read` then fails, since the shards are not here."""
+        tensors: dict[str, TensorInfo] = {}
+        metadata: dict[str, str] = {}
+        for file, header in headers.files_metadata.items():
+            metadata.update(header.metadata)
+            for name, tensor in header.tensors.items():
+                tensors[name] = TensorInfo(where / file, _DTYPES[tensor.dtype], tuple(tensor.shape))
         return cls(where, tensors, metadata)
 
     def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:

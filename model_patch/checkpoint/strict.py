@@ -10,7 +10,7 @@ from model_patch.architectures import canonical
 from model_patch.checkpoint.reader import Checkpoint, TensorInfo
 from model_patch.config import BIT_ORDER
 from model_patch.errors import CheckpointError
-from polar_kernels.module import PolarModule
+from polar_kernels import PolarModule, PolarWeight
 
 PARTS = ("packed", "norms", "awq_scales")  # of a quantised layer, on disk
 _NOT_ON_DISK = "centroids"  # in the metadata, one table for all layers of the same bits
@@ -53,19 +53,19 @@ def expected_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def value_problems(name: str, module: PolarModule) -> list[str]:
-    """What is wrong with the values of a loaded layer's scales: NaN, infinite or negative ones, with their place."""
+def value_problems(name: str, weight: PolarModule | PolarWeight) -> list[str]:
+    """What is wrong with the values of a layer's scales: NaN, infinite or negative ones, with their place."""
     problems = []
-    norms_bad = ~(module.norms.isfinite() & (module.norms >= 0))
+    norms_bad = ~(weight.norms.isfinite() & (weight.norms >= 0))
     if norms_bad.any():
         row, block = norms_bad.nonzero()[0].tolist()
-        value = module.norms[row, block].item()
+        value = weight.norms[row, block].item()
         problems.append(f"{name}.norms must be finite and not negative; found {value} at row {row}, block {block}")
-    if module.awq_scales is not None:
-        scales_bad = ~(module.awq_scales.isfinite() & (module.awq_scales > 0))
+    if weight.awq_scales is not None:
+        scales_bad = ~(weight.awq_scales.isfinite() & (weight.awq_scales > 0))
         if scales_bad.any():
             index = int(scales_bad.nonzero()[0])
-            value = module.awq_scales[index].item()
+            value = weight.awq_scales[index].item()
             problems.append(f"{name}.awq_scales must be finite and positive; found {value} at [{index}]")
     return problems
 

@@ -6,12 +6,19 @@ Source: J. Lin et al., AWQ: Activation-aware Weight Quantization for LLM Compres
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from model_patch.quantize.calibrate import SiteStatistics
+from model_patch.errors import CheckpointError
+from model_patch.evaluate import text_windows, tokenize_file
+from model_patch.load import load_model, load_tokenizer
+from model_patch.progress import Progress, no_progress
+from model_patch.quantize.calibrate import SiteStatistics, calibrate
+from model_patch.quantize.checkpoint import QuantizePlan
 from polar_kernels import quantize_weight, reference
 
+WINDOW = 512  # tokens
 EXPONENTS = tuple(step / 20 for step in range(21))
 _ROWS = 1024  # of each weight, evenly spread, that the search looks at
 _LIMIT = 1e4  # fp16 keeps scales within 1/LIMIT..LIMIT exact enough and far from its ends
@@ -37,6 +44,32 @@ def search_awq_scales(
             best, best_error = (scales, exponent), error
     assert best is not None  # the error of exponent 0 is finite
     return best
+
+
+def calibrated_scales(
+    plan: QuantizePlan, text: Path, device: torch.device | str, windows: int, progress: Progress = no_progress
+) -> dict[str, torch.Tensor]:
+    """Layer name in the model -> AWQ scales, from the first `windows` windows of 512 tokens of a text file.
+
+    Loads the source model as a whole, in its own dtype on a GPU and in fp32 on a CPU.
+    """
+    folder = plan.source.where
+    tokens = tokenize_file(load_tokenizer(folder), text)
+    batch = text_windows(tokens, WINDOW, windows)
+    if not len(batch):
+        raise CheckpointError(text, f"it has {len(tokens)} tokens, fewer than one window of {WINDOW}")
+    device = torch.device(device)
+    model = load_model(folder, device=device, dtype=torch.float32 if device.type == "cpu" else "auto")
+    sites = plan.layers.sites()
+    total = len(batch) + len(sites)
+    statistics = calibrate(model, batch, sites, lambda done, _, what: progress(done, total, what))
+    scales: dict[str, torch.Tensor] = {}
+    for index, (site, names) in enumerate(sites.items()):
+        weights = [model.get_submodule(name).weight for name in names]
+        found, _ = search_awq_scales(statistics[site], weights, [plan.layers.bits[name] for name in names])
+        scales |= dict.fromkeys(names, found)
+        progress(len(batch) + index + 1, total, site)
+    return scales
 
 
 def _scales(mean_abs: torch.Tensor, exponent: float) -> torch.Tensor:

@@ -50,11 +50,18 @@ class QuantizePlan:
         return self.source.tensors[f"{stored}.weight"].nbytes, after
 
 
-def plan_checkpoint(source: Path, config: PolarQuantConfig, awq: bool) -> QuantizePlan:
-    """Read headers and config of a plain checkpoint and decide what is written. Raises as `quantize_checkpoint`."""
+def plan_checkpoint(
+    source: Path, config: PolarQuantConfig, awq: bool, checkpoint: Checkpoint | None = None
+) -> QuantizePlan:
+    """Read headers and config of a plain checkpoint and decide what is written.
+
+    checkpoint: the headers, where they are not in the folder `source`.
+    Raises CheckpointError for a source that is not whole, UnsupportedModelError for an unknown or quantised one,
+    ConfigError for a pattern that matches nothing.
+    """
     if "quantization_config" in read_config(source):
         raise UnsupportedModelError(f"{source} is quantised already: quantise the original checkpoint")
-    model, checkpoint = meta_model(source), Checkpoint.open(source)
+    model, checkpoint = meta_model(source), checkpoint or Checkpoint.open(source)
     check_checkpoint(model, checkpoint)
     layers = plan_model(model, config)
     by_short = {canonical(name): name for name in checkpoint.tensors}

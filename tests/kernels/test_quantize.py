@@ -205,7 +205,7 @@ def test_largest_norm_of_fp16(device: torch.device, relative_error) -> None:
     weight *= 65000 / weight.view(4, 2, 128).norm(dim=-1).max()
     stored = quantize_weight(weight, least_squares=False)
     assert stored.norms.max() == 65000
-    assert relative_error(dense(stored), weight) ** 2 < 0.0026
+    assert relative_error(dense(stored), weight) ** 2 < 0.0035  # 0.0025 on average; this weight is small
 
 
 @pytest.mark.parametrize("scale", [1e-7, 1e-9, 1e-30])

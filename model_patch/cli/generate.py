@@ -1,0 +1,38 @@
+"""`polar generate`: text from a checkpoint, as it comes."""
+
+import time
+from typing import Annotated
+
+import torch
+import typer
+from transformers import TextStreamer
+
+from model_patch.cli.options import AsJson, Device, DType, Folder, pick_device, pick_dtype, print_json
+from model_patch.load import load_model, load_tokenizer
+
+
+def generate(
+    folder: Folder,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens at the most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue PROMPT with the model in DIR; a line on stderr tells the speed."""
+    target = pick_device(device)
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, device=target, dtype=pick_dtype(dtype, target))
+    inputs = tokenizer(prompt, return_tensors="pt").to(target)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    streamer = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)[0]
+    seconds = time.perf_counter() - start
+    new = len(ids) - inputs.input_ids.shape[1]
+    if as_json:
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        print_json({"text": text, "new_tokens": new, "seconds": seconds})
+    typer.echo(f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tok/s", err=True)

@@ -1,0 +1,71 @@
+"""Arguments and options that several subcommands share, and how they print."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from model_patch.errors import ConfigError
+
+Folder = Annotated[
+    str, typer.Argument(metavar="DIR", help="A checkpoint folder, or a name on the Hub.", show_default=False)
+]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU where there is one by default.")]
+DType = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU by default."),
+]
+ShardSize = Annotated[str, typer.Option(help="Largest size of a shard.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The asked device, or the GPU where there is one. Raises ConfigError for one that is not there."""
+    try:
+        picked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs that torch can use")
+    return picked
+
+
+def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:
+    """The asked dtype, or the default for the device. Raises ConfigError for an unknown one."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise ConfigError(f"--dtype must be one of {', '.join(known)}, found {dtype!r}")
+    return known[dtype]
+
+
+def print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=2))
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout; all but the first column are right-aligned."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    # A pipe or a file has no width to fit; a cut name in it would be useless.
+    Console(width=None if console.is_terminal else 200).print(table)
+
+
+def warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        typer.echo(f"polar: warning: {warning}", err=True)
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"

@@ -1,0 +1,63 @@
+"""`polar ppl`: perplexity of a text, and the distance to another model."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from model_patch.cli.options import AsJson, Device, DType, Folder, pick_device, pick_dtype, print_json
+from model_patch.evaluate import Evaluation, evaluate, tokenize_file
+from model_patch.load import load_model, load_tokenizer
+from model_patch.progress import progress_bar
+
+
+def ppl(
+    folder: Folder,
+    text: Annotated[Path, typer.Option(metavar="FILE", help="The text to score.", show_default=False)],
+    window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens from window to window; --window by default.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="WINDOWS", help="Score only the first windows.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="OTHER", help="A model to compare the predictions with.")
+    ] = None,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity of the checkpoint in DIR, quantised or plain, on a text.
+
+    With --against also the mean KL divergence of OTHER's predictions to it, and how often both rank the same token first.
+    """
+    target = pick_device(device)
+    loading = {"device": target, "dtype": pick_dtype(dtype, target)}
+    tokens = tokenize_file(load_tokenizer(folder), text)
+    model = load_model(folder, **loading)
+    reference = None if against is None else load_model(against, **loading)
+    options = {"window": window, "stride": stride, "limit": limit}
+    with progress_bar("score") as progress:
+        result = evaluate(model, tokens, **options, reference=reference, progress=progress)
+    if as_json:
+        print_json({"model": folder, "text": str(text), "against": against, **asdict(result)})
+        return
+    typer.echo(describe(result, folder, str(text), against))
+
+
+def describe(result: Evaluation, model: str, text: str, against: str | None) -> str:
+    """The result in lines for people."""
+    lines = [
+        f"model       {model}",
+        f"text        {text}",
+        f"windows     {result.windows} of {result.window} tokens, stride {result.stride}",
+        f"tokens      {result.tokens} scored",
+        f"perplexity  {result.perplexity:.4f} +- {result.perplexity_error:.4f}",
+    ]
+    if against is not None:
+        lines += [
+            f"against     {against}",
+            f"mean KL     {result.kl_divergence:.6f} nats",
+            f"same top-1  {result.top1_agreement:.2%}",
+        ]
+    return "\n".join(lines)

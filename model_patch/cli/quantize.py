@@ -1,0 +1,127 @@
+"""`polar quantize`: a plain checkpoint into a quantised one."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from model_patch.checkpoint.package import DEFAULT_SHARD_SIZE
+from model_patch.checkpoint.writer import check_output
+from model_patch.cli.options import (
+    AsJson,
+    Device,
+    Out,
+    Overwrite,
+    ShardSize,
+    megabytes,
+    pick_device,
+    print_json,
+    print_table,
+    warn,
+)
+from model_patch.config import PolarQuantConfig
+from model_patch.demo import CALIBRATION_TEXT
+from model_patch.errors import ConfigError
+from model_patch.load import find_checkpoint, find_headers
+from model_patch.progress import progress_bar
+from model_patch.quantize import (
+    QuantizePlan,
+    calibrated_scales,
+    plan_checkpoint,
+    quantize_checkpoint,
+    write_absmax,
+)
+
+
+class Method(StrEnum):
+    """Choices of --method."""
+
+    polar = "polar"
+    absmax = "absmax"
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or a name on the Hub.")],
+    out: Out,
+    bits: Annotated[int, typer.Option(help="Bits a weight, 2 to 8.")] = 5,
+    bits_for: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN=BITS", help="Other bits for layers; repeatable, the last wins.")
+    ] = None,
+    awq: Annotated[bool | None, typer.Option("--awq/--no-awq", help="Calibrate AWQ scales.  [default: awq]")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Text file; an excerpt of WikiText-2 by default.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to calibrate on.")] = 32,
+    method: Annotated[Method, typer.Option(help="absmax writes the rounded baseline, in plain bf16.")] = Method.polar,
+    embeddings: Annotated[bool, typer.Option(help="Quantise the embedding.")] = True,
+    lm_head: Annotated[bool, typer.Option(help="Quantise the output head.")] = True,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave; repeatable.")] = None,
+    max_shard_size: ShardSize = DEFAULT_SHARD_SIZE,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sizes, from the headers alone.")] = False,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantise MODEL into the folder OUT, one tensor and one output shard in memory at a time.
+
+    Calibration (--awq) loads the model as a whole. Patterns are layer names with the shell's wildcards.
+    """
+    if method is Method.absmax and awq:
+        raise ConfigError("--method absmax has no AWQ scales: leave out --awq")
+    awq = method is Method.polar if awq is None else awq
+    left = [*(exclude or []), *([] if embeddings else ["embed_tokens"]), *([] if lm_head else ["lm_head"])]
+    config = PolarQuantConfig(bits, _parse_bits_for(bits_for or []), left)
+    if dry_run:
+        folder, checkpoint = find_headers(model)
+        plan = plan_checkpoint(folder, config, awq, checkpoint)
+        _report(plan, None, as_json, method)
+        return
+    check_output(out, overwrite)
+    target = pick_device(device)
+    plan = plan_checkpoint(find_checkpoint(model), config, awq)
+    options = {"device": target, "max_shard_size": max_shard_size, "overwrite": overwrite}
+    scales: dict[str, torch.Tensor] = {}
+    if awq:
+        with progress_bar("calibrate") as progress:
+            scales = calibrated_scales(plan, calibration or CALIBRATION_TEXT, target, windows, progress)
+    with progress_bar("quantize") as progress:
+        if method is Method.absmax:
+            warn(write_absmax(plan, out, progress=progress, **options))
+        else:
+            warn(quantize_checkpoint(plan, out, awq_scales=scales, progress=progress, **options))
+    _report(plan, out, as_json, method)
+
+
+def _parse_bits_for(options: list[str]) -> dict[str, int]:
+    parsed = {}
+    for option in options:
+        pattern, separator, bits = option.rpartition("=")
+        if not separator or not pattern or not bits.isdigit():
+            raise ConfigError(f"--bits-for takes PATTERN=BITS, found {option!r}")
+        parsed[pattern] = int(bits)
+    return parsed
+
+
+def _report(plan: QuantizePlan, out: Path | None, as_json: bool, method: Method) -> None:
+    sizes = {name: plan.layer_bytes(name) for name in plan.layers.bits}
+    if as_json:
+        layers = {n: {"bits": plan.layers.bits[n], "bytes_before": b, "bytes_after": a} for n, (b, a) in sizes.items()}
+        print_json(
+            {
+                "method": method.value,
+                "out": None if out is None else str(out),
+                "layers": layers,
+                "kept": plan.layers.kept,
+                "bytes_before": plan.source_bytes,
+                "bytes_after": plan.output_bytes if method is Method.polar else plan.source_bytes,
+            }
+        )
+        return
+    if out is None:
+        rows = [[n, str(plan.layers.bits[n]), megabytes(b), megabytes(a)] for n, (b, a) in sizes.items()]
+        print_table("Layers to quantise", ["layer", "bits", "before", "after"], rows)
+    total = f"{megabytes(plan.source_bytes)} -> {megabytes(plan.output_bytes)}"
+    if method is Method.absmax:
+        total = f"rounded by absmax to {plan.config.bits} bits, stored unpacked: {megabytes(plan.source_bytes)}"
+    where = "nothing written" if out is None else f"written to {out}"
+    typer.echo(f"{len(sizes)} layers, {len(plan.layers.kept)} kept; {total}; {where}")
