@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model_patch.errors import CheckpointError
 from model_patch.progress import Progress, no_progress
@@ -49,13 +48,13 @@ def text_windows(tokens: torch.Tensor, window: int, limit: int | None = None) ->
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokens: torch.Tensor,
     *,
     window: int = 512,
     stride: int | None = None,
     limit: int | None = None,
-    reference: nn.Module | None = None,
+    reference: PreTrainedModel | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
     """Score `tokens` [T] with `model`, and compare with `reference` if given; a last, short window is left out.
@@ -82,7 +81,7 @@ def evaluate(
     return _summary(losses, window, stride, *((divergence, agreement) if reference is not None else (None, None)))
 
 
-def _log_probabilities(model: nn.Module, ids: torch.Tensor, scored: int) -> torch.Tensor:
+def _log_probabilities(model: PreTrainedModel, ids: torch.Tensor, scored: int) -> torch.Tensor:
     """fp32 log-probabilities [scored, V] of the distributions that predict the window's last `scored` tokens."""
     return model(ids[None], use_cache=False).logits[0, -scored - 1 : -1].float().log_softmax(-1)
 

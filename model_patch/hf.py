@@ -27,7 +27,7 @@ from model_patch.checkpoint.writer import polar_metadata, sort_metadata
 from model_patch.config import METHOD, PolarQuantConfig
 from model_patch.errors import CheckpointError, UnsupportedModelError
 from model_patch.patch import dequantize_model, plan_model, swap_to_empty
-from polar_kernels import PolarEmbedding, PolarError, PolarModule, quantize_weight
+from polar_kernels import PolarEmbedding, PolarError, PolarLinear, PolarModule, quantize_weight
 
 
 def register() -> None:
@@ -38,7 +38,7 @@ def register() -> None:
         register_quantizer(METHOD)(PolarHfQuantizer)
 
 
-def attach_quantizer(model: nn.Module, config: PolarQuantConfig) -> None:
+def attach_quantizer(model: PreTrainedModel, config: PolarQuantConfig) -> None:
     """Give a model patched in memory what a loaded one has, so that `save_pretrained` writes the format."""
     model.hf_quantizer = PolarHfQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config
@@ -51,6 +51,7 @@ class PolarHfQuantizer(HfQuantizer):
     """Loads checkpoints of the format, quantises plain ones on the fly, and saves either."""
 
     requires_calibration = False
+    quantization_config: PolarQuantConfig
 
     def __init__(self, quantization_config: PolarQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -70,8 +71,8 @@ class PolarHfQuantizer(HfQuantizer):
         return True  # otherwise generate() would not compile its decode step
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
-    ) -> nn.Module:
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
         plan = plan_model(model, self.quantization_config)
         self._plain_dtypes = {name: p.dtype for name, p in model.named_parameters()}
         if self.pre_quantized:
@@ -95,7 +96,7 @@ class PolarHfQuantizer(HfQuantizer):
         _prepare(model)
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         polar = {name: m for name, m in model.named_modules() if isinstance(m, PolarModule)}
         problems = list(self.problems)
         for name, module in polar.items():
@@ -109,27 +110,27 @@ class PolarHfQuantizer(HfQuantizer):
         self._restore_dtypes(model)
         return model
 
-    def _restore_dtypes(self, model: nn.Module) -> None:
+    def _restore_dtypes(self, model: PreTrainedModel) -> None:
         """transformers 5.17 leaves renamed keys of quantised checkpoints in the dtype they have on disk."""
         for name, parameter in model.named_parameters():
             wanted = self._plain_dtypes.get(name, parameter.dtype)
             if parameter.dtype != wanted:
                 parameter.data = parameter.data.to(wanted)
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         name, _, leaf = param_name.rpartition(".")
         return leaf == "weight" and isinstance(model.get_submodule(name), PolarModule)
 
     def get_quantize_ops(self) -> ConversionOps:
         return QuantizeOnLoad(self)
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         polar = {n: m for n, m in model.named_modules() if isinstance(m, PolarModule)}
         tables = {module.bits: module.centroids for module in polar.values()}
         bits = {name: module.bits for name, module in polar.items()}
         return expected_tensors(model), polar_metadata(tables, bits)
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         dequantize_model(model, dtype or model.dtype)
         return model
 
@@ -144,7 +145,7 @@ class QuantizeOnLoad(ConversionOps):
         self,
         input_dict: dict[str, list[torch.Tensor]],
         full_layer_name: str | None = None,
-        model: nn.Module | None = None,
+        model: Any = None,
         missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
@@ -164,14 +165,14 @@ class QuantizeOnLoad(ConversionOps):
         return {f"{name}.{part}": getattr(quantized, part) for part in ("packed", "norms", "centroids")}
 
 
-def _meta_weight(module: PolarModule) -> torch.Tensor:
-    """A stand-in with shape and dtype of the plain weight."""
+def _meta_weight(module: PolarLinear | PolarEmbedding) -> torch.Tensor:
+    """A stand-in with the shape of the plain weight."""
     if isinstance(module, PolarEmbedding):
-        return torch.empty(module.num_embeddings, module.embedding_dim, dtype=module.dtype, device="meta")
+        return torch.empty(module.num_embeddings, module.embedding_dim, device="meta")
     return torch.empty(module.out_features, module.in_features, device="meta")
 
 
-def _prepare(model: nn.Module) -> None:
+def _prepare(model: PreTrainedModel) -> None:
     """What transformers must know of this very model, whose class it shares with unquantised ones."""
     # Tables of levels come from the metadata, so that their absence among the tensors is no news.
     model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), r"\.centroids$"}

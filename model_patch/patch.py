@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from model_patch.architectures import Kind, LayerPlan, check_model_type, role_of
 from model_patch.config import PolarQuantConfig
@@ -33,7 +34,7 @@ class PatchReport:
 
 
 def patch_model(
-    model: nn.Module,
+    model: PreTrainedModel,
     config: PolarQuantConfig | None = None,
     *,
     awq_scales: Mapping[str, torch.Tensor] | None = None,
@@ -65,7 +66,7 @@ def patch_model(
     return PatchReport(plan.bits, plan.kept, plan.tied_head, before, after)
 
 
-def plan_model(model: nn.Module, config: PolarQuantConfig) -> LayerPlan:
+def plan_model(model: PreTrainedModel, config: PolarQuantConfig) -> LayerPlan:
     """Which layers of an unpatched model `config` quantises. Raises as `patch_model` does."""
     check_model_type(getattr(getattr(model, "config", None), "model_type", None))
     if any(isinstance(module, PolarModule) for module in model.modules()):
@@ -77,14 +78,14 @@ def plan_model(model: nn.Module, config: PolarQuantConfig) -> LayerPlan:
     return plan
 
 
-def swap_to_empty(model: nn.Module, plan: LayerPlan, awq: bool, device: torch.device | str = "meta") -> None:
+def swap_to_empty(model: PreTrainedModel, plan: LayerPlan, awq: bool, device: torch.device | str = "meta") -> None:
     """Replace the planned layers by empty quantised ones that a checkpoint is then loaded into."""
     for name, bits in plan.bits.items():
         set_module(model, name, _empty_module(name, model.get_submodule(name), bits, awq, device))
     tie_head(model, plan)
 
 
-def tie_head(model: nn.Module, plan: LayerPlan) -> None:
+def tie_head(model: PreTrainedModel, plan: LayerPlan) -> None:
     """Make a tied head read the embedding's codes, and stop transformers from tying weights that no longer exist."""
     if plan.tied_head is None:
         return
@@ -95,44 +96,45 @@ def tie_head(model: nn.Module, plan: LayerPlan) -> None:
     model._tied_weights_keys, model.all_tied_weights_keys = None, {}
 
 
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+def set_module(model: PreTrainedModel, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def dequantize_model(model: nn.Module, dtype: torch.dtype) -> None:
+def dequantize_model(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Replace every quantised layer by a plain one holding its dequantised weight in `dtype`, in place."""
-    dense: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules()):
-        if isinstance(module, PolarModule):
-            dense[id(module)] = _dense_module(module, dtype)
-            set_module(model, name, dense[id(module)])
-    for name, module in list(model.named_modules()):
-        if isinstance(module, TiedPolarHead):
-            set_module(model, name, _dense_head(dense[id(module.embedding)]))
-            del model._tied_weights_keys, model.all_tied_weights_keys  # the class's own apply again
-            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        if isinstance(module, PolarLinear):
+            set_module(model, name, _dense_linear(module, dtype))
+        elif isinstance(module, PolarEmbedding):
+            embedding = _dense_embedding(module, dtype)
+            set_module(model, name, embedding)
+            _untie_head(model, module, embedding)
 
 
-def _dense_module(module: PolarModule, dtype: torch.dtype) -> nn.Module:
-    dense: nn.Module
-    if isinstance(module, PolarEmbedding):
-        weight = module.dequantize(dtype)
-        dense = nn.Embedding(*weight.shape, padding_idx=module.padding_idx, device="meta")
-    else:
-        assert isinstance(module, PolarLinear)
-        weight = module.dequantize(dtype)
-        dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+def _dense_linear(module: PolarLinear, dtype: torch.dtype) -> nn.Linear:
+    dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+    if module.bias is not None:
         dense.bias = module.bias
-    dense.weight = nn.Parameter(weight, requires_grad=False)
     return dense.train(module.training)
 
 
-def _dense_head(embedding: nn.Module) -> nn.Linear:
-    """A head that shares a dense embedding's parameter."""
-    head = nn.Linear(embedding.weight.shape[1], embedding.weight.shape[0], bias=False, device="meta")
-    head.weight = embedding.weight
-    return head
+def _dense_embedding(module: PolarEmbedding, dtype: torch.dtype) -> nn.Embedding:
+    dense = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
+    dense.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+    return dense.train(module.training)
+
+
+def _untie_head(model: PreTrainedModel, quantized: PolarEmbedding, dense: nn.Embedding) -> None:
+    """Give a head that read the codes of `quantized` the parameter of `dense`, tied as transformers ties it."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, TiedPolarHead) and module.embedding is quantized:
+            head = nn.Linear(dense.embedding_dim, dense.num_embeddings, bias=False, device="meta")
+            head.weight = dense.weight
+            set_module(model, name, head)
+            del model._tied_weights_keys  # the class's own shows again
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def _kind(name: str) -> Kind | None:

@@ -1,7 +1,7 @@
 """A folder of safetensors shards, read strictly: header first, tensors one at a time, every contradiction listed."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,7 +228,7 @@ def _hint(path: Path) -> str:
     return ""
 
 
-def _parse_object(where: Path, what: str, text: str | None) -> Mapping[str, Any]:
+def _parse_object(where: Path, what: str, text: str | None) -> dict[str, Any]:
     if text is None:
         raise CheckpointError(where, f"the safetensors {what} is missing")
     try:

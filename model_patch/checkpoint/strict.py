@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from model_patch.architectures import canonical
 from model_patch.checkpoint.reader import Checkpoint, TensorInfo
@@ -16,7 +16,7 @@ PARTS = ("packed", "norms", "awq_scales")  # of a quantised layer, on disk
 _NOT_ON_DISK = "centroids"  # in the metadata, one table for all layers of the same bits
 
 
-def check_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
+def check_checkpoint(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless the checkpoint holds just what `model`, patched or plain, needs; meta tensors do.
 
     Listed are: tensors missing, left over, of another shape or dtype, plain weights where the model is quantised and
@@ -42,7 +42,7 @@ def check_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
         raise CheckpointError(checkpoint.where, problems)
 
 
-def expected_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def expected_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Name -> tensor of everything a checkpoint of the patched `model` holds; tied tensors once."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     polar = {name for name, module in model.named_modules() if isinstance(module, PolarModule)}
@@ -102,7 +102,7 @@ def _disagreement(name: str, tensor: torch.Tensor, info: TensorInfo) -> str | No
     return f"{info.file.name}: {name} must be {dtype} {list(tensor.shape)}, found {info.dtype} {list(info.shape)}"
 
 
-def _may_be_left(model: nn.Module, name: str) -> bool:
+def _may_be_left(model: PreTrainedModel, name: str) -> bool:
     """A second copy of a tied weight, and what the model's class ignores: multi-token prediction, an unused tower."""
     if canonical(name) in {canonical(tied) for tied in getattr(model, "all_tied_weights_keys", None) or {}}:
         return True
@@ -110,7 +110,7 @@ def _may_be_left(model: nn.Module, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _metadata_problems(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
+def _metadata_problems(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
     tables, stated = checkpoint.centroids(), checkpoint.bits_per_tensor()
     problems = []
     order = checkpoint.metadata.get("bit_order")

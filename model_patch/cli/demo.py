@@ -12,14 +12,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from model_patch.cli.options import AsJson, Device, megabytes, pick_device, pick_dtype, print_json, print_table
 from model_patch.config import PolarQuantConfig
-from model_patch.demo import CALIBRATION_TEXT, EVALUATION_TEXT, EVALUATION_WINDOWS, MODEL
+from model_patch.demo import CALIBRATION_TEXT, CALIBRATION_WINDOWS, EVALUATION_TEXT, EVALUATION_WINDOWS, MODEL
 from model_patch.evaluate import Evaluation, evaluate, tokenize_file
 from model_patch.load import load_model, load_tokenizer
 from model_patch.progress import progress_bar
 from model_patch.quantize import calibrated_scales, plan_checkpoint, quantize_checkpoint
 
 _PROMPT = "The kernel is"
-_CALIBRATION_WINDOWS = 32
 
 
 def demo(
@@ -49,7 +48,7 @@ def demo(
 def _quantize(folder: Path, bits: int, device: torch.device) -> dict[str, int]:
     plan = plan_checkpoint(MODEL, PolarQuantConfig(bits), awq=True)
     with progress_bar("calibrate") as progress:
-        scales = calibrated_scales(plan, CALIBRATION_TEXT, device, _CALIBRATION_WINDOWS, progress)
+        scales = calibrated_scales(plan, CALIBRATION_TEXT, device, CALIBRATION_WINDOWS, progress)
     with progress_bar("quantize") as progress:
         quantize_checkpoint(plan, folder, awq_scales=scales, device=device, progress=progress)
     return {"bf16": plan.source_bytes, f"{bits} bits": plan.output_bytes}

@@ -6,7 +6,7 @@ import typer
 
 from model_patch.checkpoint.dequantize import dequantize_checkpoint
 from model_patch.checkpoint.package import DEFAULT_SHARD_SIZE
-from model_patch.cli.options import Device, Folder, Out, Overwrite, ShardSize, pick_device, pick_dtype, warn
+from model_patch.cli.options import Device, Folder, Out, Overwrite, ShardSize, parse_dtype, pick_device, warn
 from model_patch.load import find_checkpoint
 from model_patch.progress import progress_bar
 
@@ -20,9 +20,15 @@ def dequantize(
     device: Device = None,
 ) -> None:
     """Write the model in DIR as a plain checkpoint, on a GPU by the one-shot kernel."""
-    target = pick_device(device)
-    picked = pick_dtype(dtype, target)
-    options = {"device": target, "max_shard_size": max_shard_size, "overwrite": overwrite}
     with progress_bar("dequantize") as progress:
-        warn(dequantize_checkpoint(find_checkpoint(folder), out, picked, progress=progress, **options))
+        warnings = dequantize_checkpoint(
+            find_checkpoint(folder),
+            out,
+            parse_dtype(dtype),
+            device=pick_device(device),
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    warn(warnings)
     typer.echo(f"written to {out}")

@@ -16,7 +16,6 @@ _PACKAGES = (
     "transformers",
     "safetensors",
     "huggingface_hub",
-    "accelerate",
     "flash-linear-attention",
 )
 

@@ -11,9 +11,7 @@ from rich.table import Table
 
 from model_patch.errors import ConfigError
 
-Folder = Annotated[
-    str, typer.Argument(metavar="DIR", help="A checkpoint folder, or a name on the Hub.", show_default=False)
-]
+Folder = Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint folder or Hub name.", show_default=False)]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU where there is one by default.")]
@@ -40,6 +38,10 @@ def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:
     """The asked dtype, or the default for the device. Raises ConfigError for an unknown one."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else "auto"
+    return parse_dtype(dtype)
+
+
+def parse_dtype(dtype: str) -> torch.dtype:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in known:
         raise ConfigError(f"--dtype must be one of {', '.join(known)}, found {dtype!r}")

@@ -16,29 +16,27 @@ def ppl(
     folder: Folder,
     text: Annotated[Path, typer.Option(metavar="FILE", help="The text to score.", show_default=False)],
     window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
-    stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens from window to window; --window by default.")
-    ] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; --window by default.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="WINDOWS", help="Score only the first windows.")] = None,
-    against: Annotated[
-        str | None, typer.Option(metavar="OTHER", help="A model to compare the predictions with.")
-    ] = None,
+    against: Annotated[str | None, typer.Option(metavar="OTHER", help="A model to compare with.")] = None,
     device: Device = None,
     dtype: DType = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity of the checkpoint in DIR, quantised or plain, on a text.
 
-    With --against also the mean KL divergence of OTHER's predictions to it, and how often both rank the same token first.
+    With --against also the mean KL divergence of OTHER's predictions to it, and how often both rank the same token
+    first.
     """
     target = pick_device(device)
-    loading = {"device": target, "dtype": pick_dtype(dtype, target)}
+    picked = pick_dtype(dtype, target)
     tokens = tokenize_file(load_tokenizer(folder), text)
-    model = load_model(folder, **loading)
-    reference = None if against is None else load_model(against, **loading)
-    options = {"window": window, "stride": stride, "limit": limit}
+    model = load_model(folder, device=target, dtype=picked)
+    reference = None if against is None else load_model(against, device=target, dtype=picked)
     with progress_bar("score") as progress:
-        result = evaluate(model, tokens, **options, reference=reference, progress=progress)
+        result = evaluate(
+            model, tokens, window=window, stride=stride, limit=limit, reference=reference, progress=progress
+        )
     if as_json:
         print_json({"model": folder, "text": str(text), "against": against, **asdict(result)})
         return

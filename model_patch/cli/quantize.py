@@ -1,6 +1,7 @@
 """`polar quantize`: a plain checkpoint into a quantised one."""
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,7 @@ from model_patch.cli.options import (
     warn,
 )
 from model_patch.config import PolarQuantConfig
-from model_patch.demo import CALIBRATION_TEXT
+from model_patch.demo import CALIBRATION_TEXT, CALIBRATION_WINDOWS
 from model_patch.errors import ConfigError
 from model_patch.load import find_checkpoint, find_headers
 from model_patch.progress import progress_bar
@@ -51,7 +52,7 @@ def quantize(
     ] = None,
     awq: Annotated[bool | None, typer.Option("--awq/--no-awq", help="Calibrate AWQ scales.  [default: awq]")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Text file; an excerpt of WikiText-2 by default.")] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to calibrate on.")] = 32,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to calibrate on.")] = CALIBRATION_WINDOWS,
     method: Annotated[Method, typer.Option(help="absmax writes the rounded baseline, in plain bf16.")] = Method.polar,
     embeddings: Annotated[bool, typer.Option(help="Quantise the embedding.")] = True,
     lm_head: Annotated[bool, typer.Option(help="Quantise the output head.")] = True,
@@ -79,16 +80,16 @@ def quantize(
     check_output(out, overwrite)
     target = pick_device(device)
     plan = plan_checkpoint(find_checkpoint(model), config, awq)
-    options = {"device": target, "max_shard_size": max_shard_size, "overwrite": overwrite}
     scales: dict[str, torch.Tensor] = {}
     if awq:
         with progress_bar("calibrate") as progress:
             scales = calibrated_scales(plan, calibration or CALIBRATION_TEXT, target, windows, progress)
+    write = write_absmax if method is Method.absmax else partial(quantize_checkpoint, awq_scales=scales)
     with progress_bar("quantize") as progress:
-        if method is Method.absmax:
-            warn(write_absmax(plan, out, progress=progress, **options))
-        else:
-            warn(quantize_checkpoint(plan, out, awq_scales=scales, progress=progress, **options))
+        warnings = write(
+            plan, out, device=target, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+        )
+    warn(warnings)
     _report(plan, out, as_json, method)
 
 

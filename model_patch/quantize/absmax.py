@@ -47,5 +47,4 @@ def write_absmax(
         return absmax_round(plan.source.read(name, device), bits[name])
 
     layout = {name: passthrough(plan.source, name) for name in plan.source.tensors}
-    options = {"max_shard_size": max_shard_size, "overwrite": overwrite}
-    return write_plain(plan.source.where, out, layout, produce, **options)
+    return write_plain(plan.source.where, out, layout, produce, max_shard_size=max_shard_size, overwrite=overwrite)

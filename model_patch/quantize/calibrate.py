@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from model_patch.progress import Progress, no_progress
 
@@ -45,7 +46,7 @@ class _Collector:
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module,
+    model: PreTrainedModel,
     windows: torch.Tensor,
     sites: Mapping[str, Sequence[str]],
     progress: Progress = no_progress,

@@ -118,8 +118,17 @@ def quantize_checkpoint(
         return ready.pop(name)
 
     tables = {b: lloyd_max_levels(b) for b in set(bits.values())}
-    options = {"max_shard_size": max_shard_size, "overwrite": overwrite}
-    return write_quantized(plan.source.where, out, plan.layout, produce, plan.config, tables, bits, **options)
+    return write_quantized(
+        plan.source.where,
+        out,
+        plan.layout,
+        produce,
+        plan.config,
+        tables,
+        bits,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+    )
 
 
 def _quantize(

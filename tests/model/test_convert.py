@@ -3,7 +3,9 @@
 import json
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,6 @@ from polar_kernels import (
     lloyd_max_levels,
     published_levels,
     quantize_weight,
-    unpack_codes,
 )
 
 EMBEDDING = "model.embed_tokens"
@@ -45,9 +46,13 @@ class Source:
     metadata: dict[str, str] = field(default_factory=dict)
     polar_config: dict[str, Any] | None = None
 
+    def copy(self) -> "Source":
+        """Another source of the same tensors."""
+        return Source(dict(self.tensors), deepcopy(self.config), dict(self.weights))
+
     def write(self, folder: Path) -> Path:
         folder.mkdir()
-        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self.tensors.items()}
         save_file(tensors, folder / "model.safetensors", metadata=self.metadata or None)
         (folder / "config.json").write_text(json.dumps(self.config))
         if self.polar_config is not None:
@@ -73,7 +78,9 @@ def half_block_nibbles(codes: np.ndarray) -> torch.Tensor:
 
 
 def codes_of(weight: PolarWeight) -> np.ndarray:
-    return unpack_codes(weight.packed, weight.bits).numpy().astype(np.int64)
+    """Codes [N, Kp], read from the format's LSB-first rows a bit at a time."""
+    digits = np.unpackbits(weight.packed.numpy(), axis=-1, bitorder="little")
+    return digits.reshape(weight.out_features, -1, weight.bits) @ (1 << np.arange(weight.bits))
 
 
 def add_eoq(source: Source, order: str, *, flat: bool = True, bits: Any = None) -> Source:
@@ -131,10 +138,10 @@ def plain() -> Callable[[bool], Qwen3ForCausalLM]:
     def build(tied: bool) -> Qwen3ForCausalLM:
         torch.manual_seed(0)
         config = Qwen3Config(
-            vocab_size=512,
+            vocab_size=256,
             hidden_size=256,
-            intermediate_size=384,
-            num_hidden_layers=2,
+            intermediate_size=256,
+            num_hidden_layers=1,
             num_attention_heads=2,
             num_key_value_heads=1,
             head_dim=96,
@@ -146,13 +153,14 @@ def plain() -> Callable[[bool], Qwen3ForCausalLM]:
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make_source(plain: Callable[[bool], Qwen3ForCausalLM]) -> Callable[..., Source]:
     """Builds a source without its quantised tensors, and the weights to encode.
 
     bits: of each layer, by its name. table: of levels, by bits. keep: names of layers left plain.
     """
 
+    @cache
     def build(
         bits: int | Callable[[str], int] = 5,
         table: Callable[[int], torch.Tensor] = lloyd_max_levels,
@@ -174,7 +182,7 @@ def make_source(plain: Callable[[bool], Qwen3ForCausalLM]) -> Callable[..., Sour
         config = model.config.to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
         return Source(state, config, weights)
 
-    return build
+    return lambda *args, **kwargs: build(*args, **kwargs).copy()
 
 
 @pytest.fixture
@@ -197,8 +205,8 @@ def mixed_bits(name: str) -> int:
     return {"down_proj": 4, "gate_proj": 3, "up_proj": 3, "lm_head": 6}.get(name.rpartition(".")[2], 5)
 
 
-def check_same(out: Path, weights: dict[str, PolarWeight]) -> None:
-    """The codes, norms and scales on disk are those of `weights`, bit for bit."""
+def check_same(out: Path, weights: dict[str, PolarWeight], *, rtol: float = 5e-7) -> None:
+    """The codes, norms and scales on disk are those of `weights`, bit for bit; rtol: of the levels."""
     with safe_open(out / "model.safetensors", framework="pt") as file:
         tables = json.loads(file.metadata()["centroids"])
         for name, weight in weights.items():
@@ -206,12 +214,12 @@ def check_same(out: Path, weights: dict[str, PolarWeight]) -> None:
             assert torch.equal(file.get_tensor(f"{name}.norms"), weight.norms), name
             if weight.awq_scales is not None:
                 assert torch.equal(file.get_tensor(f"{name}.awq_scales"), weight.awq_scales), name
-            torch.testing.assert_close(torch.tensor(tables[str(weight.bits)]), weight.centroids, rtol=5e-7, atol=0)
+            torch.testing.assert_close(torch.tensor(tables[str(weight.bits)]), weight.centroids, rtol=rtol, atol=0)
 
 
 def check_loads(out: Path, expected: torch.nn.Module, *, exact: bool = True) -> None:
     """The converted checkpoint gives the logits of the model patched in memory."""
-    ids = torch.arange(0, 512, 37)[None]
+    ids = torch.arange(0, 256, 37)[None]
     with torch.no_grad():
         logits, wanted = load_model(out, device="cpu")(ids).logits, expected(ids).logits
     tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5}
@@ -227,7 +235,7 @@ def test_eoq(tmp_path, make_source, in_memory, order, stated, table) -> None:
         source.metadata["bit_order"] = order
     report = convert_checkpoint(source.write(tmp_path / "in"), tmp_path / "out")
     assert (report.layout, report.bit_order) == ("EOQ v3", order)
-    assert report.layers == {name: 5 for name in source.weights}
+    assert report.layers == dict.fromkeys(source.weights, 5)
     assert ("as stated" if stated else "told from the codes") in report.decided
     assert all(f"{name} 0." in report.decided for name in ("lsb", "msb"))
     check_same(tmp_path / "out", source.weights)
@@ -289,7 +297,7 @@ def test_hlwq(tmp_path, make_source, table, name, bits) -> None:
     report = convert_checkpoint(source.write(tmp_path / "in"), tmp_path / "out")
     assert (report.layout, report.bit_order) == ("HLWQ", "msb")
     assert (f"is the {name}" in report.decided) if bits > 3 else ("do not tell" in report.decided)
-    check_same(tmp_path / "out", source.weights)
+    check_same(tmp_path / "out", source.weights, rtol=5e-7 if bits > 3 else 1e-4)
 
 
 def test_hlwq_loads(tmp_path, make_source, in_memory) -> None:
@@ -402,7 +410,10 @@ def put(name: str, index: Any, value: float) -> Callable[[Source], None]:
 
 
 def drop(name: str) -> Callable[[Source], None]:
-    return lambda source: source.tensors.pop(name) and None
+    def mutate(source: Source) -> None:
+        del source.tensors[name]
+
+    return mutate
 
 
 def add(name: str, tensor: torch.Tensor) -> Callable[[Source], None]:
@@ -485,7 +496,7 @@ def refused(source: Source, tmp_path: Path, says: list[str], **options: Any) -> 
     assert str(folder) in message
     for text in says:
         assert text in message
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
     return caught.value
 
 
@@ -575,7 +586,7 @@ def test_order_that_cannot_be_told_is_refused(tmp_path, make_source) -> None:
     for name in source.weights:
         packed = source.tensors[f"{name}.packed"]
         source.tensors[f"{name}.packed"] = torch.randint(0, 256, packed.shape, dtype=torch.uint8)
-    refused(source, tmp_path, [f"{Q_PROJ}.packed" if Q_PROJ == next(iter(source.weights)) else ".packed", "neither"])
+    refused(source, tmp_path, [f"{EMBEDDING}.packed and 8 others", "neither"])
 
 
 def test_orders_too_close_to_call_are_refused(tmp_path, make_source) -> None:
@@ -608,7 +619,7 @@ def test_tied_head_of_its_own_is_refused(tmp_path, make_source, change) -> None:
     if change == "other codes":
         put("lm_head.packed", 0, 0)(source)
     else:
-        source.tensors[f"{EMBEDDING}.weight"] = torch.zeros(512, 256)
+        source.tensors[f"{EMBEDDING}.weight"] = torch.zeros(256, 256)
         for part in ("packed", "norms"):
             del source.tensors[f"{EMBEDDING}.{part}"]
         source.metadata["bits_per_tensor"] = "5"
@@ -649,7 +660,7 @@ def test_command(tmp_path, make_source) -> None:
     folder = add_eoq(make_source(), "msb").write(tmp_path / "in")
     result = CliRunner().invoke(app, [str(folder), str(tmp_path / "a")])
     assert result.exit_code == 0, result.output
-    assert "EOQ v3: 16 layers (16 of 5 bits)" in result.stdout
+    assert "EOQ v3: 9 layers (9 of 5 bits)" in result.stdout
     result = CliRunner().invoke(app, [str(folder), str(tmp_path / "b"), "--json", "--bit-order", "msb"])
     assert json.loads(result.stdout)["bit_order"] == "msb"
     assert json.loads(result.stdout) == json.loads(result.stdout) | {"layout": "EOQ v3", "out": str(tmp_path / "b")}

@@ -19,7 +19,7 @@ from model_patch.errors import CheckpointError
 from polar_kernels import lloyd_max_levels, published_levels, unpack_codes
 from polar_kernels.packing import BitOrder
 
-_SAMPLE = 1 << 16  # codes looked at in each layer
+_SAMPLE = 1 << 14  # codes looked at in each layer
 _TELLING = (3, 5, 6, 7)  # bit widths at which the two orders differ in their histograms
 _CLOSE = 0.03  # nats a code; a histogram nearer than this to the masses follows them
 _APART = 0.02  # nats a code by which the other order must be worse
