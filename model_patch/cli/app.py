@@ -5,9 +5,10 @@
 """
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from model_patch.cli.convert import convert
 from model_patch.cli.demo import demo
@@ -21,7 +22,18 @@ from model_patch.cli.verify import verify
 from polar_kernels import PolarError
 from polar_kernels.version import __version__
 
-app = typer.Typer(name="polar", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+class _Commands(TyperGroup):
+    """The subcommands, whose interruption comes out as a PolarError; Typer itself would leave without a word."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise PolarError("interrupted") from error
+
+
+app = typer.Typer(name="polar", cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (quantize, inspect, verify, generate, ppl, dequantize, convert, env, demo):
     app.command()(command)
 
@@ -49,7 +61,4 @@ def main() -> None:
         if debug:
             raise
         typer.echo(f"polar: {error}", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("polar: interrupted", err=True)
         sys.exit(1)

@@ -10,6 +10,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from model_patch.checkpoint.writer import check_output
 from model_patch.cli.options import AsJson, Device, megabytes, pick_device, pick_dtype, print_json, print_table
 from model_patch.config import PolarQuantConfig
 from model_patch.demo import CALIBRATION_TEXT, CALIBRATION_WINDOWS, EVALUATION_TEXT, EVALUATION_WINDOWS, MODEL
@@ -29,6 +30,8 @@ def demo(
 ) -> None:
     """Quantise a small Qwen3.5 that comes with the package, load it with transformers, compare and generate."""
     target, start = pick_device(device), time.perf_counter()
+    if out is not None:
+        check_output(out, overwrite=False)
     with tempfile.TemporaryDirectory() as scratch:
         folder = out or Path(scratch) / "quantized"
         sizes = _quantize(folder, bits, target)

@@ -9,6 +9,7 @@ from transformers import TextStreamer
 
 from model_patch.cli.options import AsJson, Device, DType, Folder, pick_device, pick_dtype, print_json
 from model_patch.load import load_model, load_tokenizer
+from polar_kernels.errors import ArgumentError
 
 
 def generate(
@@ -23,8 +24,10 @@ def generate(
     """Continue PROMPT with the model in DIR; a line on stderr tells the speed."""
     target = pick_device(device)
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, device=target, dtype=pick_dtype(dtype, target))
     inputs = tokenizer(prompt, return_tensors="pt").to(target)
+    if not inputs.input_ids.numel():
+        raise ArgumentError("the prompt has no tokens: give it at least a word")
+    model = load_model(folder, device=target, dtype=pick_dtype(dtype, target))
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)
     start = time.perf_counter()

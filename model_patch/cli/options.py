@@ -9,7 +9,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from model_patch.checkpoint.writer import shard_bytes
 from model_patch.errors import ConfigError
+
+
+def _check_shard_size(size: str) -> str:
+    shard_bytes(size)  # before any work, not when the first shard is written
+    return size
+
 
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint folder or Hub name.", show_default=False)]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)]
@@ -19,7 +26,7 @@ DType = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU by default."),
 ]
-ShardSize = Annotated[str, typer.Option(help="Largest size of a shard.")]
+ShardSize = Annotated[str, typer.Option(help="Largest size of a shard.", callback=_check_shard_size)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 
 
@@ -29,6 +36,8 @@ def pick_device(device: str | None) -> torch.device:
         picked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    if picked.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device}: only cpu and cuda devices are supported")
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs that torch can use")
     return picked

@@ -97,7 +97,7 @@ def _parse_bits_for(options: list[str]) -> dict[str, int]:
     parsed = {}
     for option in options:
         pattern, separator, bits = option.rpartition("=")
-        if not separator or not pattern or not bits.isdigit():
+        if not separator or not pattern or not bits.isdecimal():
             raise ConfigError(f"--bits-for takes PATTERN=BITS, found {option!r}")
         parsed[pattern] = int(bits)
     return parsed

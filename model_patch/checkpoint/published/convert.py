@@ -60,6 +60,7 @@ def convert_checkpoint(
     published = read_published(checkpoint, Structure.of(model), bit_order)
     decision = decide(checkpoint, published, bit_order)
     plan, warnings = plan_conversion(model, checkpoint, published, decision)
+    warnings = decision.warnings + warnings
     warnings += write_quantized(
         source,
         out,

@@ -135,7 +135,8 @@ def group_problems(source: Checkpoint, layout: Layout, groups: Groups, structure
 def _group_problems(
     source: Checkpoint, layout: Layout, name: str, parts: Mapping[str, str], structure: Structure
 ) -> list[str]:
-    first, short = place(source, next(iter(parts.values()))), canonical(name)
+    named = next(part for part in (*layout.required, *parts) if part in parts)  # the codes, if they are there
+    first, short = place(source, parts[named]), canonical(name)
     if short in structure.kept:
         return [f"{first}: {name} is quantised, but the format leaves it in its dtype ({structure.kept[short]})"]
     if short not in structure.shapes:
