@@ -78,10 +78,10 @@ def keep_reason(name: str) -> str:
 
 def check_model_type(model_type: object) -> str:
     """Return `model_type`, or raise `UnsupportedModelError` with the list of those that are known."""
-    if model_type not in SUPPORTED:
+    if not isinstance(model_type, str) or model_type not in SUPPORTED:
         known = ", ".join(f"{key} ({name})" for key, name in SUPPORTED.items())
         raise UnsupportedModelError(f"architecture {model_type!r} is not supported; known are {known}")
-    return str(model_type)
+    return model_type
 
 
 def is_vision_language(model_type: str) -> bool:

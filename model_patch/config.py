@@ -102,7 +102,7 @@ class PolarQuantConfig(QuantizationConfigMixin):
 
 
 def matches(pattern: str, name: str) -> bool:
-    return fnmatchcase(canonical(name), canonical(pattern))
+    return fnmatchcase(name, pattern) or fnmatchcase(canonical(name), canonical(pattern))
 
 
 def _tie(plan: LayerPlan) -> LayerPlan:

@@ -65,6 +65,7 @@ def evaluate(
     starts = list(range(0, len(tokens) - window + 1, stride))[:limit]
     if not starts:
         raise CheckpointError("text", f"it has {len(tokens)} tokens, fewer than one window of {window}")
+    _check_vocabulary(tokens, model, reference)
     device = next(model.parameters()).device
     losses: list[torch.Tensor] = []
     divergence, agreement = 0.0, 0
@@ -79,6 +80,15 @@ def evaluate(
             agreement += int((expected.argmax(-1) == logits.argmax(-1)).sum())
         progress(index + 1, len(starts), "scoring")
     return _summary(losses, window, stride, *((divergence, agreement) if reference is not None else (None, None)))
+
+
+def _check_vocabulary(tokens: torch.Tensor, model: PreTrainedModel, reference: PreTrainedModel | None) -> None:
+    """Raise CheckpointError for tokens the model does not know, and for a reference with another vocabulary."""
+    size = model.config.get_text_config().vocab_size
+    if (largest := int(tokens.max())) >= size:
+        raise CheckpointError("text", f"it has the token {largest}, and the model {size} of them: another tokenizer?")
+    if reference is not None and (other := reference.config.get_text_config().vocab_size) != size:
+        raise CheckpointError("reference", f"its vocabulary has {other} tokens, that of the model {size}")
 
 
 def _log_probabilities(model: PreTrainedModel, ids: torch.Tensor, scored: int) -> torch.Tensor:

@@ -55,7 +55,7 @@ class PolarHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: PolarQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._tables: dict[int, torch.Tensor] = {}
+        self._checkpoint: Checkpoint | None = None
         self._plain_dtypes: dict[str, torch.dtype] = {}
         self.problems: list[str] = []
 
@@ -78,10 +78,9 @@ class PolarHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             if not checkpoint_files:
                 raise UnsupportedModelError("a PolarQuant model is loaded from safetensors files; found none")
-            checkpoint = Checkpoint.from_files(checkpoint_files)
+            self._checkpoint = Checkpoint.from_files(checkpoint_files)
             swap_to_empty(model, plan, self.quantization_config.awq)
-            check_checkpoint(model, checkpoint)
-            self._tables = checkpoint.centroids()
+            check_checkpoint(model, self._checkpoint)
         else:
             if self.quantization_config.awq:
                 raise UnsupportedModelError(
@@ -99,12 +98,13 @@ class PolarHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         polar = {name: m for name, m in model.named_modules() if isinstance(m, PolarModule)}
         problems = list(self.problems)
+        tables = self._checkpoint.centroids() if self._checkpoint else {}
         for name, module in polar.items():
             if "weight" in module._parameters:
                 problems.append(f"{name}.weight is missing")
-            if self.pre_quantized:
-                module.centroids = self._tables[module.bits].to(module.packed.device, copy=True)
-                problems += value_problems(name, module)
+            if self._checkpoint:
+                module.centroids = tables[module.bits].to(module.packed.device, copy=True)
+                problems += value_problems(name, module, self._checkpoint)
         if problems:
             raise CheckpointError(getattr(model, "name_or_path", None) or "checkpoint", problems)
         self._restore_dtypes(model)
@@ -154,14 +154,14 @@ class QuantizeOnLoad(ConversionOps):
         name = str(full_layer_name).rpartition(".")[0]
         module = model.get_submodule(name)
         module._parameters.pop("weight", None)
+        if missing_keys is not None:
+            missing_keys.discard(f"{name}.weight")
         try:
             quantized = quantize_weight(weight, module.bits)
         except PolarError as error:
             # An exception from here would come out as transformers' own, with ours in its text.
             self.hf_quantizer.problems.append(f"{full_layer_name}: {error}")
             return {}
-        if missing_keys is not None:
-            missing_keys.discard(f"{name}.weight")
         return {f"{name}.{part}": getattr(quantized, part) for part in ("packed", "norms", "centroids")}
 
 

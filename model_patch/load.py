@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
-    HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
+    HTTPError,
     NotASafetensorsRepoError,
+    SafetensorsParsingError,
+    StrictDataclassError,
 )
 from transformers import (
     AutoConfig,
@@ -24,9 +25,22 @@ from model_patch.architectures import check_model_type, is_vision_language
 from model_patch.checkpoint.reader import Checkpoint, read_config
 from model_patch.checkpoint.strict import check_checkpoint
 from model_patch.config import METHOD, PolarQuantConfig
-from model_patch.errors import CheckpointError
+from model_patch.errors import CheckpointError, ConfigError
 from model_patch.hf import register
 
+_HUB_ERRORS = (HTTPError, OSError, NotASafetensorsRepoError, SafetensorsParsingError)
+# What transformers raises for values of a config.json that it cannot use.
+_CONFIG_ERRORS = (
+    StrictDataclassError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")  # any of them makes a tokenizer
 _NOT_DOWNLOADED = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.py"]
 
 
@@ -39,9 +53,8 @@ def find_checkpoint(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), ignore_patterns=_NOT_DOWNLOADED))
     except HFValidationError as error:
         raise CheckpointError(source, "no such folder, and not the name of a model on the Hub") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(source, f"no such folder, and the Hub did not give it: {reason}") from error
+    except _HUB_ERRORS as error:
+        raise CheckpointError(source, f"no such folder, and the Hub did not give it: {_reason(error)}") from error
 
 
 def find_headers(source: str | Path) -> tuple[Path, Checkpoint]:
@@ -54,9 +67,9 @@ def find_headers(source: str | Path) -> tuple[Path, Checkpoint]:
         headers = get_safetensors_metadata(str(source))
     except HFValidationError as error:
         raise CheckpointError(source, "no such folder, and not the name of a model on the Hub") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(source, f"no such folder, and the Hub did not give its headers: {reason}") from error
+    except _HUB_ERRORS as error:
+        problem = f"no such folder, and the Hub did not give its headers: {_reason(error)}"
+        raise CheckpointError(source, problem) from error
     return Path(config).parent, Checkpoint.from_hub(headers, Path(config).parent)
 
 
@@ -68,7 +81,10 @@ def quantization_config(config: dict[str, Any]) -> PolarQuantConfig | None:
     if not isinstance(stated, dict) or stated.get("quant_method") != METHOD:
         method = stated.get("quant_method") if isinstance(stated, dict) else stated
         raise CheckpointError("config.json", f"quant_method must be {METHOD!r}, found {method!r}")
-    return PolarQuantConfig(**stated)
+    try:
+        return PolarQuantConfig(**stated)
+    except ConfigError as error:
+        raise ConfigError(f"config.json: {error}") from error
 
 
 def load_model(
@@ -88,8 +104,9 @@ def load_model(
     model_type = check_model_type(config.get("model_type"))
     quantized = quantization_config(config) is not None
     checkpoint = Checkpoint.open(folder)
+    structure = meta_model(folder)
     if not quantized:
-        check_checkpoint(meta_model(folder), checkpoint)
+        check_checkpoint(structure, checkpoint)
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     auto = AutoModelForImageTextToText if is_vision_language(model_type) else AutoModelForCausalLM
     model = auto.from_pretrained(folder, dtype=dtype, device_map={"": target}, use_safetensors=True)
@@ -97,20 +114,35 @@ def load_model(
 
 
 def meta_model(folder: Path) -> PreTrainedModel:
-    """The unquantised model that a checkpoint's config.json describes, on the meta device: structure without memory."""
-    config = AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model_type = check_model_type(config.model_type)
+    """The unquantised model that a checkpoint's config.json describes, on the meta device: structure without memory.
+
+    Raises UnsupportedModelError for an unknown architecture, CheckpointError when transformers cannot build the model.
+    """
+    model_type = check_model_type(read_config(folder).get("model_type"))
     auto = AutoModelForImageTextToText if is_vision_language(model_type) else AutoModelForCausalLM
-    with torch.device("meta"):
-        return auto.from_config(config)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            return auto.from_config(config)
+    except _CONFIG_ERRORS as error:
+        problem = f"transformers cannot build this model: {type(error).__name__}: {_reason(error)}"
+        raise CheckpointError(folder / "config.json", problem) from error
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a checkpoint. Raises CheckpointError when there is none."""
     folder = find_checkpoint(source)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):  # transformers would make up an empty one
+        raise CheckpointError(folder, f"no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is in this folder")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise CheckpointError(folder, f"no tokenizer could be loaded: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(folder, f"no tokenizer could be loaded: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """An error of another library in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__

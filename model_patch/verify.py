@@ -39,9 +39,9 @@ def verify_checkpoint(
     errors: dict[str, tuple[float, float]] = {}
     for index, layer in enumerate(stored.bits):
         weight = stored.read(layer, device)
-        problems += value_problems(layer, weight)
+        problems += value_problems(layer, weight, stored.checkpoint)
         if original is not None:
-            errors[layer] = _squared_error(weight, _original_weight(original, layer, device))
+            errors[layer] = _squared_error(weight, _original_weight(original, layer, stored.shapes[layer], device))
         progress(index + 1, len(stored.bits), layer)
     if problems:
         raise CheckpointError(folder, problems)
@@ -65,11 +65,16 @@ def _plain_problems(checkpoint: Checkpoint, names: list[str]) -> list[str]:
     ]
 
 
-def _original_weight(source: Checkpoint, layer: str, device: torch.device | str) -> torch.Tensor:
+def _original_weight(
+    source: Checkpoint, layer: str, shape: tuple[int, int], device: torch.device | str
+) -> torch.Tensor:
     by_short = {canonical(name): name for name in source.tensors}
     name = by_short.get(canonical(f"{layer}.weight"))
     if name is None:
         raise CheckpointError(source.where, f"{layer}.weight is missing: is this the checkpoint it was made from?")
+    if (found := source.tensors[name].shape) != shape:
+        shapes = f"{list(found)} in the source, {list(shape)} here"
+        raise CheckpointError(source.where, f"{name} has the shape {shapes}: is this the checkpoint it was made from?")
     return source.read(name, device)
 
 
@@ -77,8 +82,5 @@ def _squared_error(weight: PolarWeight, original: torch.Tensor) -> tuple[float, 
     """Squared error of the dequantised weight, and the original's square."""
     parts = (weight.packed, weight.norms, weight.awq_scales, weight.centroids)
     dense = ops.dequantize(*parts, weight.in_features, torch.float32)
-    if dense.shape != original.shape:
-        shapes = f"{list(original.shape)} in the source, {list(dense.shape)} here"
-        raise CheckpointError("--against", f"a weight has the shape {shapes}: is this the checkpoint it was made from?")
     error = dense - original.float()
     return float(error.double().square().sum()), float(original.double().square().sum())

@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 
 from model_patch.checkpoint.package import DEFAULT_SHARD_SIZE, write_plain
+from model_patch.checkpoint.strict import value_problems
 from model_patch.checkpoint.writer import check_output, passthrough
+from model_patch.errors import CheckpointError
 from model_patch.progress import Progress, no_progress
 from model_patch.stored import open_quantized
 from polar_kernels import ops
@@ -45,6 +47,8 @@ def dequantize_checkpoint(
         done += 1
         progress(done, len(stored.shapes), layer)
         weight = stored.read(layer, device)
+        if problems := value_problems(layer, weight, stored.checkpoint):
+            raise CheckpointError(folder, problems)
         parts = (weight.packed, weight.norms, weight.awq_scales, weight.centroids)
         return ops.dequantize(*parts, weight.in_features, dtype)
 

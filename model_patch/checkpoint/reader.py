@@ -1,7 +1,8 @@
 """A folder of safetensors shards, read strictly: header first, tensors one at a time, every contradiction listed."""
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,8 @@ class Checkpoint:
         metadata: dict[str, str] = {}
         for file, header in headers.files_metadata.items():
             metadata.update(header.metadata)
-            for name, tensor in header.tensors.items():
-                tensors[name] = TensorInfo(where / file, _DTYPES[tensor.dtype], tuple(tensor.shape))
+            described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in header.tensors.items()}
+            tensors |= _known_dtypes(where / file, described)
         return cls(where, tensors, metadata)
 
     def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -132,7 +133,7 @@ class Checkpoint:
         for key, levels in stated.items():
             try:
                 tables[int(key)] = parse_levels(int(key), levels)
-            except (ArgumentError, ValueError, TypeError) as error:
+            except (ArgumentError, ValueError, OverflowError, RuntimeError) as error:
                 problems.append(f"metadata 'centroids'[{key!r}]: {error}")
         if problems:
             raise CheckpointError(self.where, problems)
@@ -149,6 +150,8 @@ def parse_levels(bits: int, levels: object) -> torch.Tensor:
     if not isinstance(levels, list) or len(levels) != 1 << bits:
         found = f"{len(levels)} values" if isinstance(levels, list) else type(levels).__name__
         raise ArgumentError(f"expected a list of {1 << bits} levels, found {found}")
+    if not all(isinstance(level, (int, float)) for level in levels):
+        raise ArgumentError(f"expected a list of numbers, found {levels}")
     table = torch.tensor(levels, dtype=torch.float32, device="cpu")  # transformers loads under the meta device
     check_levels(table)
     return table
@@ -161,11 +164,22 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{constant} is not JSON")
 
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, parse_constant=refuse, object_pairs_hook=_unique_keys)
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"not valid JSON: {error}") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file, of which Python itself would keep the last of several equal keys."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} occurs twice")
+        found[key] = value
+    return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -197,8 +211,8 @@ def _is_shard_name(file: object) -> bool:
 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors and metadata of one shard. Raises CheckpointError when it cannot be read as safetensors."""
-    if not path.is_file():
-        raise CheckpointError(path, "this shard is missing" if not path.exists() else "not a file")
+    if not os.path.isfile(path):  # unlike Path.is_file also false for a name that no file can have
+        raise CheckpointError(path, "not a file" if os.path.exists(path) else "this shard is missing")
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
@@ -207,9 +221,14 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             described = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(path, f"not a readable safetensors file: {error}{_hint(path)}") from error
+    return _known_dtypes(path, described), stated
+
+
+def _known_dtypes(path: Path, described: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorInfo]:
+    """The tensors of a header, name -> dtype and shape. Raises CheckpointError listing those of another dtype."""
     if unknown := [f"{name} has dtype {dtype}" for name, (dtype, _) in described.items() if dtype not in _DTYPES]:
         raise CheckpointError(path, [f"{found}, which is not read" for found in unknown])
-    return {name: TensorInfo(path, _DTYPES[dtype], shape) for name, (dtype, shape) in described.items()}, stated
+    return {name: TensorInfo(path, _DTYPES[dtype], shape) for name, (dtype, shape) in described.items()}
 
 
 def _hint(path: Path) -> str:
@@ -232,8 +251,8 @@ def _parse_object(where: Path, what: str, text: str | None) -> dict[str, Any]:
     if text is None:
         raise CheckpointError(where, f"the safetensors {what} is missing")
     try:
-        value = json.loads(text)
-    except ValueError as error:
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(where, f"the safetensors {what} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(where, f"the safetensors {what} must be an object, found {type(value).__name__}")

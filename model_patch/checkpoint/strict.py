@@ -53,21 +53,32 @@ def expected_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     }
 
 
-def value_problems(name: str, weight: PolarModule | PolarWeight) -> list[str]:
-    """What is wrong with the values of a layer's scales: NaN, infinite or negative ones, with their place."""
+def value_problems(name: str, weight: PolarModule | PolarWeight, checkpoint: Checkpoint) -> list[str]:
+    """What is wrong with the values of a layer's scales: NaN, infinite or negative ones, with their place.
+
+    name: of the layer in the model or in `checkpoint`, from which its values were read.
+    """
     problems = []
     norms_bad = ~(weight.norms.isfinite() & (weight.norms >= 0))
     if norms_bad.any():
         row, block = norms_bad.nonzero()[0].tolist()
         value = weight.norms[row, block].item()
-        problems.append(f"{name}.norms must be finite and not negative; found {value} at row {row}, block {block}")
+        norms = _located(checkpoint, f"{name}.norms")
+        problems.append(f"{norms} must be finite and not negative; found {value} at row {row}, block {block}")
     if weight.awq_scales is not None:
         scales_bad = ~(weight.awq_scales.isfinite() & (weight.awq_scales > 0))
         if scales_bad.any():
             index = int(scales_bad.nonzero()[0])
             value = weight.awq_scales[index].item()
-            problems.append(f"{name}.awq_scales must be finite and positive; found {value} at [{index}]")
+            scales = _located(checkpoint, f"{name}.awq_scales")
+            problems.append(f"{scales} must be finite and positive; found {value} at [{index}]")
     return problems
+
+
+def _located(checkpoint: Checkpoint, name: str) -> str:
+    """The name of a tensor after that of its shard."""
+    files = (info.file.name for key, info in checkpoint.tensors.items() if canonical(key) == canonical(name))
+    return f"{next(files)}: {name}"
 
 
 def _by_canonical_name(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:

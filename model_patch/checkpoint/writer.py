@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,11 +11,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from model_patch.checkpoint.reader import INDEX_NAME, Checkpoint
 from model_patch.config import BIT_ORDER
-from model_patch.errors import OutputError
+from model_patch.errors import ConfigError, OutputError
 
 # Never carried over from a source: weights in any container, what is rewritten, and code.
 _NOT_CARRIED = {
@@ -31,6 +33,7 @@ _NOT_CARRIED = {
     ".pickle",
     ".py",
 }
+_UNITS = {None: 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _REWRITTEN = {"config.json", "README.md", INDEX_NAME, "polar_config.json"}
 
 
@@ -90,14 +93,31 @@ def write_shards(
 
     Names, index and sharding are those of transformers' `save_pretrained`.
     """
-    plan = split_torch_state_dict_into_shards(dict(layout), max_shard_size=max_shard_size)
+    limit = shard_bytes(max_shard_size)
+    plan = split_torch_state_dict_into_shards(dict(layout), max_shard_size=limit)
     for file, names in plan.filename_to_tensors.items():
         shard = {name: produce(name).contiguous().cpu() for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt", **metadata})
+        _save_shard(shard, folder / file, {"format": "pt", **metadata})
         sort_metadata(folder / file)
         del shard
     if plan.is_sharded:
         write_json(folder / INDEX_NAME, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+
+
+def shard_bytes(size: int | str) -> int:
+    """The size of a shard in bytes, of a number or a text like 5GB. Raises ConfigError for what is neither."""
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d+)?) ?([KMGT]B)?", str(size).strip().upper(), re.ASCII)
+    limit = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if limit < 1:
+        raise ConfigError(f"the size of a shard must be a number of bytes or one with KB, MB, GB or TB, found {size!r}")
+    return limit
+
+
+def _save_shard(shard: Mapping[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(dict(shard), file, metadata=metadata)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OutputError(f"{file.name}: {error}") from error
 
 
 def sort_metadata(file: Path) -> None:

@@ -26,14 +26,16 @@ from polar_kernels.version import __version__
 class _Commands(TyperGroup):
     """The subcommands, whose interruption comes out as a PolarError; Typer itself would leave without a word."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise PolarError("interrupted") from error
 
 
-app = typer.Typer(name="polar", cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="polar", cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 for command in (quantize, inspect, verify, generate, ppl, dequantize, convert, env, demo):
     app.command()(command)
 

@@ -36,8 +36,8 @@ class _Collector:
         x = args[0].detach().flatten(0, -2).float()
         self.total = self.total + x.abs().sum(0)
         self.count += x.shape[0]
-        step = max(1, x.shape[0] // self.rows_per_window)
-        self.rows.append(x[::step][: self.rows_per_window].cpu())
+        count = min(self.rows_per_window, x.shape[0])
+        self.rows.append(x[torch.arange(count, device=x.device) * x.shape[0] // count].cpu())
 
     def result(self) -> SiteStatistics:
         assert isinstance(self.total, torch.Tensor)

@@ -17,6 +17,7 @@ from model_patch.load import meta_model
 from model_patch.patch import plan_model
 from model_patch.progress import Progress, no_progress
 from polar_kernels import BLOCK_SIZE, PolarError, PolarWeight, lloyd_max_levels, quantize_weight
+from polar_kernels.errors import ArgumentError
 from polar_kernels.hadamard import padded_size
 from polar_kernels.packing import packed_size
 
@@ -100,7 +101,7 @@ def quantize_checkpoint(
     written; then nothing is left behind.
     """
     check_output(out, overwrite)
-    scales = {plan.names[name]: value for name, value in (awq_scales or {}).items()}
+    scales = {plan.names[name]: value for name, value in _wanted_scales(plan, awq_scales or {}).items()}
     bits = {plan.names[name]: b for name, b in plan.layers.bits.items()}
     ready: dict[str, torch.Tensor] = {}  # parts of a layer quantised already and not yet asked for
     done = 0
@@ -129,6 +130,15 @@ def quantize_checkpoint(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
     )
+
+
+def _wanted_scales(plan: QuantizePlan, given: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """The given AWQ scales, which must be those of the layers that the plan stores some of."""
+    wanted = {name for name, stored in plan.names.items() if f"{stored}.awq_scales" in plan.layout}
+    if wanted != given.keys():
+        missing, unknown = sorted(wanted - given.keys()), sorted(given.keys() - wanted)
+        raise ArgumentError(f"awq_scales must be those of the plan's layers: missing {missing}, not planned {unknown}")
+    return given
 
 
 def _quantize(
