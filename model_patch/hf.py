@@ -103,11 +103,13 @@ class PolarHfQuantizer(HfQuantizer):
             if "weight" in module._parameters:
                 problems.append(f"{name}.weight is missing")
             if self._checkpoint:
-                module.centroids = tables[module.bits].to(module.packed.device, copy=True)
-                problems += value_problems(name, module, self._checkpoint)
+                module.centroids = tables[module.bits].to(next(module.buffers()).device, copy=True)
+                problems += value_problems(name, module.polar_weight, self._checkpoint)
         if problems:
             raise CheckpointError(getattr(model, "name_or_path", None) or "checkpoint", problems)
         self._restore_dtypes(model)
+        for module in polar.values():
+            module.settle()
         return model
 
     def _restore_dtypes(self, model: PreTrainedModel) -> None:

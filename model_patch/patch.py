@@ -61,8 +61,7 @@ def patch_model(
         set_module(model, name, _quantize_module(name, module, bits, scales.get(name)))
     tie_head(model, plan)
     attach_quantizer(model, config.resolved(plan, awq=bool(scales)))
-    polar = [model.get_submodule(name) for name in plan.bits]
-    after = sum(module.polar_weight.nbytes for module in polar)
+    after = sum(model.get_submodule(name).stored_bytes for name in plan.bits)
     return PatchReport(plan.bits, plan.kept, plan.tied_head, before, after)
 
 

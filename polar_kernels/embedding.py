@@ -58,11 +58,6 @@ class PolarEmbedding(PolarModule):
     def dtype(self) -> torch.dtype:
         return self._output.dtype
 
-    @property
-    def polar_weight(self) -> PolarWeight:
-        """The stored weight; its tensors are this module's buffers."""
-        return self._polar_weight(self.embedding_dim)
-
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """W_hat [num_embeddings, embedding_dim], a new tensor."""
         dtype = dtype or self.dtype

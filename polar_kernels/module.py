@@ -1,6 +1,7 @@
 """What the layers share: the stored weight as buffers, whose dtypes survive `.to()`, and no bf16 weight."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,15 +10,12 @@ from polar_kernels.codebook import bits_of, lloyd_max_levels
 from polar_kernels.errors import PolarError
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
 from polar_kernels.packing import packed_size
+from polar_kernels.tiles import level_table, tile_weight, untile_weight
 from polar_kernels.weight import PolarWeight
 
-# Bit patterns and scales: a model's `.to(bfloat16)` must not touch them.
-_STORED_DTYPES = {
-    "packed": torch.uint8,
-    "norms": torch.float16,
-    "awq_scales": torch.float16,
-    "centroids": torch.float32,
-}
+# Bit patterns and scales, whose dtypes a model's `.to(bfloat16)` must not touch.
+_STORED = ("packed", "norms", "awq_scales", "centroids")
+_TILED = ("tiles", "tile_norms", "level_table")
 
 
 class NoDenseWeightError(PolarError, AttributeError):
@@ -25,19 +23,25 @@ class NoDenseWeightError(PolarError, AttributeError):
 
 
 class PolarModule(nn.Module):
-    """A module that holds one weight [rows, columns] in its stored form.
+    """A module that holds one weight [rows, columns].
 
-    Buffers (all in the state dict): packed uint8 [rows, Kp * bits / 8], norms fp16 [rows, Kp / 128], centroids fp32
-    [2^bits], and awq_scales fp16 [columns] or None.
+    In the state dict it is in its stored form: packed uint8 [rows, Kp * bits / 8], norms fp16 [rows, Kp / 128],
+    centroids fp32 [2^bits], and awq_scales fp16 [columns] where there are some. These are the buffers too, except on a
+    GPU that multiplies from tile layout (`tiles.py`): there packed and norms are None, and tiles and tile_norms hold
+    the same bits, rearranged once by `settle` and put back whenever the weight leaves the GPU or is saved.
     """
 
-    packed: torch.Tensor
-    norms: torch.Tensor
+    packed: torch.Tensor | None
+    norms: torch.Tensor | None
     awq_scales: torch.Tensor | None
     centroids: torch.Tensor
+    tiles: torch.Tensor | None
+    tile_norms: torch.Tensor | None
+    level_table: torch.Tensor | None
 
     def __init__(self, rows: int, columns: int, bits: int, awq: bool, device: torch.device | str | None) -> None:
         super().__init__()
+        self._rows, self._columns = rows, columns
         blocks = padded_size(columns) // BLOCK_SIZE
         size = packed_size(blocks * BLOCK_SIZE, bits)
         self.register_buffer("packed", torch.zeros(rows, size, dtype=torch.uint8, device=device))
@@ -45,30 +49,82 @@ class PolarModule(nn.Module):
         scales = torch.ones(columns, dtype=torch.float16, device=device) if awq else None
         self.register_buffer("awq_scales", scales)
         self.register_buffer("centroids", lloyd_max_levels(bits).to(device, copy=True))
+        for name in _TILED:
+            self.register_buffer(name, None, persistent=False)
 
     def _set_weight(self, weight: PolarWeight) -> None:
         self.packed, self.norms, self.awq_scales = weight.packed, weight.norms, weight.awq_scales
         self.centroids = weight.centroids
-
-    def _polar_weight(self, in_features: int) -> PolarWeight:
-        return PolarWeight(self.packed, self.norms, self.awq_scales, self.centroids, in_features)
+        self.settle()
 
     @property
     def bits(self) -> int:
         return bits_of(self.centroids)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weight in its stored form, the shared table left out."""
+        padded = padded_size(self._columns)
+        row = packed_size(padded, self.bits) + 2 * (padded // BLOCK_SIZE)
+        return self._rows * row + (0 if self.awq_scales is None else 2 * self._columns)
+
+    @property
+    def polar_weight(self) -> PolarWeight:
+        """The weight in its stored form: this module's buffers, or from tile layout a copy."""
+        packed, norms = self._stored()
+        return PolarWeight(packed, norms, self.awq_scales, self.centroids, self._columns)
+
+    def _stored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.tiles is not None and self.tile_norms is not None:
+            return untile_weight(self.tiles, self.tile_norms, self._rows)
+        assert self.packed is not None  # one of the two forms is always there
+        assert self.norms is not None
+        return self.packed, self.norms
+
+    def _wants_tiles(self) -> bool:
+        """Whether the device this weight is on would rather have it in tile layout."""
+        return False
+
+    def settle(self) -> None:
+        """Bring the weight into the layout that the device it is on multiplies from. Call after writing the buffers."""
+        if self._wants_tiles():
+            if self.tiles is None:
+                self.tiles, self.tile_norms = tile_weight(*self._stored())
+                self.level_table = level_table(self.centroids)
+                self.packed = self.norms = None
+        else:
+            self._to_stored()
+
+    def _to_stored(self) -> None:
+        self.packed, self.norms = self._stored()
+        self.tiles = self.tile_norms = self.level_table = None
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PolarModule":
         def move(tensor: torch.Tensor) -> torch.Tensor:
-            """`fn`'s device with the stored dtype; a cast is not undone (it has already rounded) but not made."""
+            """`fn`'s device with the stored dtype: a cast would round what must stay exact."""
             target = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
             return fn(tensor) if target.dtype == tensor.dtype else tensor.to(target.device)
 
-        stored = {name: self._buffers.pop(name) for name in _STORED_DTYPES}
+        own = {name: self._buffers.pop(name) for name in (*_STORED, *_TILED)}
         try:
             super()._apply(fn, recurse)
         finally:
-            self._buffers.update({n: t if t is None else move(t) for n, t in stored.items()})
+            self._buffers.update({n: t if t is None else move(t) for n, t in own.items()})
+        self.settle()
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        kept = self._buffers["packed"], self._buffers["norms"]
+        self._buffers["packed"], self._buffers["norms"] = self._stored()
+        try:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        finally:
+            self._buffers["packed"], self._buffers["norms"] = kept
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._to_stored()
+        super()._load_from_state_dict(*args, **kwargs)
+        self.settle()
 
     def __getattr__(self, name: str) -> torch.Tensor | nn.Module:
         if name == "weight" and name not in self._parameters:

@@ -6,6 +6,10 @@
 | rotate | reference.rotate | kernels.rotate |
 | dequantize | reference.dequantize | kernels.dequantize |
 | embedding | reference.embedding | kernels.dequantize |
+| tiled_linear | reference.linear | kernels.tiled: int8_matmul for few rows, dense for many |
+| tiled_dequantize | reference.dequantize | kernels.tiled |
+
+The tiled operators take a weight in the GPU's layout (`tiles.py`), the others the stored one.
 
 `Library.define` rather than `custom_op`: half the dispatch cost per call. Operators are functional; checks look at
 shapes, dtypes and devices only, never at values, so nothing synchronises.
@@ -18,8 +22,9 @@ import torch
 
 from polar_kernels import reference
 from polar_kernels.errors import ArgumentError
-from polar_kernels.hadamard import padded_size
-from polar_kernels.weight import check_weight
+from polar_kernels.hadamard import BLOCK_SIZE, padded_size
+from polar_kernels.tiles import TILE_BITS, TILE_ROWS, TILE_WORDS, untile_weight
+from polar_kernels.weight import check_weight, expect
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -29,6 +34,10 @@ _library.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor")
 _library.define("rotate(Tensor x, Tensor? awq_scales) -> Tensor")
 _library.define(f"dequantize({_WEIGHT}, int in_features, ScalarType dtype) -> Tensor")
 _library.define(f"embedding(Tensor ids, {_WEIGHT}, int embedding_dim, ScalarType dtype) -> Tensor")
+
+_TILED = "Tensor tiles, Tensor tile_norms, Tensor? awq_scales, Tensor level_table, Tensor centroids"
+_library.define(f"tiled_linear(Tensor x, {_TILED}, Tensor? bias, int out_features) -> Tensor")
+_library.define(f"tiled_dequantize({_TILED}, int out_features, int in_features, ScalarType dtype) -> Tensor")
 
 
 def _check_float(name: str, dtype: torch.dtype) -> None:
@@ -61,9 +70,13 @@ def _check_linear(
     _check_rotate(x, awq_scales)
     check_weight(packed, norms, awq_scales, centroids, x.shape[-1])
     _check_device("the weight", packed, x.device)
-    _check_device("bias", bias, x.device)
-    if bias is not None and (tuple(bias.shape) != (packed.shape[0],) or not bias.is_floating_point()):
-        raise ArgumentError(f"bias must be float [{packed.shape[0]}], found {bias.dtype} {list(bias.shape)}")
+    _check_bias(bias, packed.shape[0], x.device)
+
+
+def _check_bias(bias: torch.Tensor | None, out_features: int, device: torch.device) -> None:
+    _check_device("bias", bias, device)
+    if bias is not None and (tuple(bias.shape) != (out_features,) or not bias.is_floating_point()):
+        raise ArgumentError(f"bias must be float [{out_features}], found {bias.dtype} {list(bias.shape)}")
 
 
 def _check_dequantize(
@@ -91,6 +104,74 @@ def _check_embedding(
         raise ArgumentError(f"ids must be int32 or int64, found {ids.dtype}")
     _check_dequantize(packed, norms, awq_scales, centroids, embedding_dim, dtype)
     _check_device("ids", ids, packed.device)
+
+
+def _check_tiles(
+    tiles: torch.Tensor,
+    tile_norms: torch.Tensor,
+    awq_scales: torch.Tensor | None,
+    level_table: torch.Tensor,
+    centroids: torch.Tensor,
+    out_features: int,
+    in_features: int,
+) -> None:
+    count = -(-out_features // TILE_ROWS) * (padded_size(in_features) // BLOCK_SIZE)
+    expected = {
+        "tiles": (tiles, torch.int32, (count, TILE_WORDS)),
+        "tile_norms": (tile_norms, torch.float16, (count, 8, 4)),
+        "level_table": (level_table, torch.int32, (16,)),
+        "centroids": (centroids, torch.float32, (1 << TILE_BITS,)),
+    }
+    if awq_scales is not None:
+        expected["awq_scales"] = (awq_scales, torch.float16, (in_features,))
+    for name, (tensor, dtype, shape) in expected.items():
+        expect(name, tensor, dtype, shape)
+        _check_device(name, tensor, tiles.device)
+
+
+def _check_tiled_linear(x, tiles, tile_norms, awq_scales, level_table, centroids, bias, out_features):
+    _check_rotate(x, awq_scales)
+    _check_tiles(tiles, tile_norms, awq_scales, level_table, centroids, out_features, x.shape[-1])
+    _check_device("the weight", tiles, x.device)
+    _check_bias(bias, out_features, x.device)
+
+
+def _check_tiled_dequantize(tiles, tile_norms, awq_scales, level_table, centroids, out_features, in_features, dtype):
+    _check_float("dtype", dtype)
+    _check_tiles(tiles, tile_norms, awq_scales, level_table, centroids, out_features, in_features)
+
+
+def _tiled_linear_cpu(x, tiles, tile_norms, awq_scales, level_table, centroids, bias, out_features):
+    packed, norms = untile_weight(tiles, tile_norms, out_features)
+    return reference.linear(x, packed, norms, awq_scales, centroids, bias)
+
+
+def _tiled_dequantize_cpu(tiles, tile_norms, awq_scales, level_table, centroids, out_features, in_features, dtype):
+    packed, norms = untile_weight(tiles, tile_norms, out_features)
+    return reference.dequantize(packed, norms, awq_scales, centroids, in_features, dtype)
+
+
+def _tiled_linear_cuda(x, tiles, tile_norms, awq_scales, level_table, centroids, bias, out_features):
+    from polar_kernels.kernels.tiled import tiled_linear
+
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    offset = None if bias is None else bias.contiguous()
+    out = tiled_linear(rows, tiles, tile_norms, awq_scales, level_table, centroids, offset, out_features)
+    return out.view(*x.shape[:-1], out_features)
+
+
+def _tiled_dequantize_cuda(*args):
+    from polar_kernels.kernels.tiled import tiled_dequantize
+
+    return tiled_dequantize(*args)
+
+
+def _tiled_linear_fake(x, tiles, tile_norms, awq_scales, level_table, centroids, bias, out_features):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _tiled_dequantize_fake(tiles, tile_norms, awq_scales, level_table, centroids, out_features, in_features, dtype):
+    return tiles.new_empty(out_features, in_features, dtype=dtype)
 
 
 def _linear_cuda(x, packed, norms, awq_scales, centroids, bias):
@@ -160,11 +241,21 @@ _register("linear", _check_linear, reference.linear, _linear_cuda, _linear_fake)
 _register("rotate", _check_rotate, reference.rotate, _rotate_cuda, _rotate_fake)
 _register("dequantize", _check_dequantize, reference.dequantize, _dequantize_cuda, _dequantize_fake)
 _register("embedding", _check_embedding, reference.embedding, _embedding_cuda, _embedding_fake)
+_register("tiled_linear", _check_tiled_linear, _tiled_linear_cpu, _tiled_linear_cuda, _tiled_linear_fake)
+_register(
+    "tiled_dequantize",
+    _check_tiled_dequantize,
+    _tiled_dequantize_cpu,
+    _tiled_dequantize_cuda,
+    _tiled_dequantize_fake,
+)
 
 linear = torch.ops.polar.linear.default
 rotate = torch.ops.polar.rotate.default
 dequantize = torch.ops.polar.dequantize.default
 embedding = torch.ops.polar.embedding.default
+tiled_linear = torch.ops.polar.tiled_linear.default
+tiled_dequantize = torch.ops.polar.tiled_dequantize.default
 
 
 def _linear_setup(ctx, inputs, output):
@@ -184,3 +275,21 @@ def _linear_backward(ctx, grad):
 
 
 torch.library.register_autograd("polar::linear", _linear_backward, setup_context=_linear_setup, lib=_library)
+
+
+def _tiled_setup(ctx, inputs, output):
+    x, tiles, tile_norms, awq_scales, level_table, centroids, _, out_features = inputs
+    ctx.save_for_backward(tiles, tile_norms, awq_scales, level_table, centroids)
+    ctx.dtype, ctx.in_features, ctx.out_features = x.dtype, x.shape[-1], out_features
+
+
+def _tiled_backward(ctx, grad):
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ tiled_dequantize(*ctx.saved_tensors, ctx.out_features, ctx.in_features, ctx.dtype)
+    if ctx.needs_input_grad[6]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, None, None, None, None, None, grad_bias, None
+
+
+torch.library.register_autograd("polar::tiled_linear", _tiled_backward, setup_context=_tiled_setup, lib=_library)

@@ -55,18 +55,19 @@ def check_weight(
 ) -> None:
     """Raise ArgumentError unless the parts agree in dtype, shape and device. Looks at no value."""
     bits, blocks = bits_of(centroids), padded_size(in_features) // BLOCK_SIZE
-    _expect("centroids", centroids, torch.float32, (1 << bits,))
+    expect("centroids", centroids, torch.float32, (1 << bits,))
     rows = packed.shape[0] if packed.dim() == 2 else "N"
-    _expect("packed", packed, torch.uint8, (rows, packed_size(blocks * BLOCK_SIZE, bits)))
-    _expect("norms", norms, torch.float16, (rows, blocks))
+    expect("packed", packed, torch.uint8, (rows, packed_size(blocks * BLOCK_SIZE, bits)))
+    expect("norms", norms, torch.float16, (rows, blocks))
     if awq_scales is not None:
-        _expect("awq_scales", awq_scales, torch.float16, (in_features,))
+        expect("awq_scales", awq_scales, torch.float16, (in_features,))
     for name, part in (("norms", norms), ("awq_scales", awq_scales), ("centroids", centroids)):
         if part is not None and part.device != packed.device:
             raise ArgumentError(f"{name} is on {part.device} and packed on {packed.device}; move them together")
 
 
-def _expect(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[object, ...]) -> None:
+def expect(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[object, ...]) -> None:
+    """Raise ArgumentError unless the tensor is contiguous and of this dtype and shape."""
     if tensor.dtype != dtype or tuple(tensor.shape) != shape:
         raise ArgumentError(f"{name} must be {dtype} {list(shape)}, found {tensor.dtype} {list(tensor.shape)}")
     if not tensor.is_contiguous():

@@ -53,7 +53,7 @@ def expected_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     }
 
 
-def value_problems(name: str, weight: PolarModule | PolarWeight, checkpoint: Checkpoint) -> list[str]:
+def value_problems(name: str, weight: PolarWeight, checkpoint: Checkpoint) -> list[str]:
     """What is wrong with the values of a layer's scales: NaN, infinite or negative ones, with their place.
 
     name: of the layer in the model or in `checkpoint`, from which its values were read.

@@ -267,7 +267,7 @@ def test_wrong_input(device: torch.device, layer: PolarLinear, dtype: torch.dtyp
 
 
 def test_repr(layer: PolarLinear) -> None:
-    assert repr(layer) == "PolarLinear(in_features=200, out_features=37, bias=True, bits=5, awq=True)"
+    assert repr(layer) == "PolarLinear(in_features=200, out_features=37, bias=True, bits=5, awq=True, activation=int8)"
 
 
 def test_bytes_of_a_layer(device: torch.device) -> None:

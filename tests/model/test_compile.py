@@ -80,7 +80,9 @@ def test_a_static_cache_gives_the_same_tokens(zoo: Any, name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @torch.no_grad()
-def test_a_captured_forward_replays_to_the_eager_logits(zoo: Any, name: str, dtype: torch.dtype) -> None:
+def test_a_captured_forward_replays_to_the_eager_logits(
+    zoo: Any, name: str, dtype: torch.dtype, relative_error: Distance
+) -> None:
     model = patched(zoo, name, dtype)
     ids = zoo.inputs(name, length=24)["input_ids"]
     static = ids[:1, :8].clone()
@@ -100,7 +102,7 @@ def test_a_captured_forward_replays_to_the_eager_logits(zoo: Any, name: str, dty
         static.copy_(window)
         graph.replay()
         expected = model(window.contiguous(), use_cache=False).logits
-        assert torch.equal(logits, expected)
+        assert relative_error(logits, expected) < ROUNDING  # also unpatched, fp32 differs by 5e-7 under capture
         assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 

@@ -1,0 +1,123 @@
+"""PTX that Triton has no words for, as functions on one value a thread.
+
+Kernels built on these are written as CUDA would be: every tensor has as many elements as the program has threads, so
+that each thread holds one, and a value is a register. `inline_asm_elementwise` then runs an instruction per thread,
+warp-wide ones (mma, shfl) included, as long as all threads of a warp reach them together.
+Not for Triton's interpreter, which runs no assembly.
+"""
+
+import triton
+import triton.language as tl
+
+_LOAD_STREAM = tl.constexpr("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];")
+_LOAD_CACHED = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
+_MMA_S8 = tl.constexpr(
+    "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+    "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+)
+_WAIT = tl.constexpr("griddepcontrol.wait; mov.b32 $0, 0; // $1")
+_ADD_LANES = tl.constexpr("{ .reg .f32 t; shfl.sync.bfly.b32 t, $1, $2, 0x1f, 0xffffffff; add.f32 $0, $1, t; }")
+_MAX_LANES = tl.constexpr("{ .reg .f32 t; shfl.sync.bfly.b32 t, $1, $2, 0x1f, 0xffffffff; max.NaN.f32 $0, $1, t; }")
+_MMA_F16 = tl.constexpr(
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $10, $10, $10};"
+)
+_PACK_BF16 = tl.constexpr("cvt.rn.bf16x2.f32 $0, $1, $2;")
+_PACK_F16 = tl.constexpr("cvt.rn.f16x2.f32 $0, $1, $2;")
+_STORE = tl.constexpr(
+    "{ .reg .pred p; setp.ne.u32 p, $6, 0; mov.b32 $0, 0; @p st.global.v4.b32 [$1], {$2, $3, $4, $5}; }"
+)
+_SWAP_LANES = tl.constexpr("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;")
+
+
+@triton.jit
+def load_stream(pointer):
+    """Four words that are read once: past L1, and free to be moved before a wait."""
+    return tl.inline_asm_elementwise(
+        _LOAD_STREAM, "=r,=r,=r,=r,l", [pointer.to(tl.int64)], (tl.int32, tl.int32, tl.int32, tl.int32), True, 1
+    )
+
+
+@triton.jit
+def load_cached(pointer):
+    """Four words, kept in L1, read where it stands."""
+    return tl.inline_asm_elementwise(
+        _LOAD_CACHED, "=r,=r,=r,=r,l", [pointer.to(tl.int64)], (tl.int32, tl.int32, tl.int32, tl.int32), False, 1
+    )
+
+
+@triton.jit
+def mma_s8(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
+    """C [16, 8] s32 += A [16, 32] s8 x B [32, 8] s8, a warp's fragments."""
+    return tl.inline_asm_elementwise(
+        _MMA_S8,
+        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
+        [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
+        (tl.int32, tl.int32, tl.int32, tl.int32),
+        True,
+        1,
+    )
+
+
+@triton.jit
+def wait_for_previous_kernel(thread):
+    """Zero, once the kernel before has written its results. What is added to it cannot be read earlier."""
+    return tl.inline_asm_elementwise(_WAIT, "=r,r", [thread], tl.int32, False, 1)
+
+
+@triton.jit
+def swap_lanes(x, distance):
+    """x of the lane whose number differs by the bit `distance`."""
+    return tl.inline_asm_elementwise(_SWAP_LANES, "=f,f,r", [x, distance], tl.float32, True, 1)
+
+
+@triton.jit
+def sum_warp(x):
+    for bit in tl.static_range(5):
+        distance = tl.full(x.shape, 1 << bit, tl.int32)
+        x = tl.inline_asm_elementwise(_ADD_LANES, "=f,f,r", [x, distance], tl.float32, True, 1)
+    return x
+
+
+@triton.jit
+def max_warp(x):
+    """NaN where any lane holds one."""
+    for bit in tl.static_range(5):
+        distance = tl.full(x.shape, 1 << bit, tl.int32)
+        x = tl.inline_asm_elementwise(_MAX_LANES, "=f,f,r", [x, distance], tl.float32, True, 1)
+    return x
+
+
+@triton.jit
+def mma_f16(a0, a1, a2, a3, b0, b1, c):
+    """C [16, 8] fp32 + A [16, 16] fp16 x B [16, 8] fp16, a warp's fragments, from C = c everywhere."""
+    return tl.inline_asm_elementwise(
+        _MMA_F16,
+        "=f,=f,=f,=f,r,r,r,r,r,r,f",
+        [a0, a1, a2, a3, b0, b1, c],
+        (tl.float32, tl.float32, tl.float32, tl.float32),
+        True,
+        1,
+    )
+
+
+@triton.jit
+def pack_halves(low, high, DTYPE: tl.constexpr):
+    """Two fp32 rounded to one word of bf16 or fp16."""
+    if tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(_PACK_BF16, "=r,f,f", [high, low], tl.int32, True, 1)
+    else:
+        return tl.inline_asm_elementwise(_PACK_F16, "=r,f,f", [high, low], tl.int32, True, 1)
+
+
+@triton.jit
+def store_four(pointer, w0, w1, w2, w3, keep):
+    """Four words, where `keep` is not 0. Returns nothing of use."""
+    return tl.inline_asm_elementwise(
+        _STORE, "=r,l,r,r,r,r,r", [pointer.to(tl.int64), w0, w1, w2, w3, keep], tl.int32, False, 1
+    )
+
+
+@triton.jit
+def as_float(x):
+    return x.to(tl.float32, bitcast=True)

@@ -1,0 +1,120 @@
+"""Activations into the rotated domain and into int8, in one launch: divide by the AWQ scales, rotate, round.
+
+After the rotation a 128-block is spread flat, so that one int8 scale a block costs next to nothing.
+One warp takes one block of one row; lane l holds columns 4 l .. 4 l + 3.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from polar_kernels.hadamard import BLOCK_SIZE, padded_size
+from polar_kernels.kernels.ptx import max_warp, sum_warp, swap_lanes
+
+_WARPS = 4
+# 1.5 * 2^23: adding it rounds a small float to an integer in its low mantissa bits.
+_ROUND = tl.constexpr(12582912.0)
+_ROUND_BITS = tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr,
+    scales_ptr,
+    out_ptr,
+    meta_ptr,
+    table_ptr,
+    K,
+    blocks,
+    padded_rows,
+    HAS_SCALES: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    gdc_launch_dependents()
+    thread = tl.arange(0, 32 * WARPS)
+    lane = thread % 32
+    row = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0) * WARPS + thread // 32
+    inside = block < blocks
+    column = block * 128 + 4 * lane
+    delta = tl.load(table_ptr + 12).to(tl.float32, bitcast=True)
+    gdc_wait()
+    x0 = _load(x_ptr, scales_ptr, row, column, K, HAS_SCALES)
+    x1 = _load(x_ptr, scales_ptr, row, column + 1, K, HAS_SCALES)
+    x2 = _load(x_ptr, scales_ptr, row, column + 2, K, HAS_SCALES)
+    x3 = _load(x_ptr, scales_ptr, row, column + 3, K, HAS_SCALES)
+    x0, x1, x2, x3 = x0 + x1, x0 - x1, x2 + x3, x2 - x3
+    x0, x1, x2, x3 = x0 + x2, x1 + x3, x0 - x2, x1 - x3
+    for bit in tl.static_range(5):
+        distance = tl.full(lane.shape, 1 << bit, tl.int32)
+        sign = tl.where((lane >> bit) & 1 == 1, -1.0, 1.0)
+        x0 = swap_lanes(x0, distance) + sign * x0
+        x1 = swap_lanes(x1, distance) + sign * x1
+        x2 = swap_lanes(x2, distance) + sign * x2
+        x3 = swap_lanes(x3, distance) + sign * x3
+    peak = max_warp(_max(_max(tl.abs(x0), tl.abs(x1)), _max(tl.abs(x2), tl.abs(x3))))
+    # A NaN or an infinity anywhere in the block makes its scale NaN, and so the row's results.
+    inverse = tl.where(peak > 0, 127.0 / peak, 0.0)
+    q0 = _round(x0 * inverse)
+    q1 = _round(x1 * inverse)
+    q2 = _round(x2 * inverse)
+    q3 = _round(x3 * inverse)
+    total = sum_warp((q0 + q1 + q2 + q3).to(tl.float32))
+    word = (q0 & 0xFF) | ((q1 & 0xFF) << 8) | ((q2 & 0xFF) << 16) | (q3 << 24)
+    # Column 32 s + 8 q + 4 r + i goes where lane q of the product reads its eight words (s, r) in a run.
+    position = (lane // 2) % 4 * 8 + lane // 8 * 2 + lane % 2
+    tl.store(out_ptr + (row * blocks + block) * 32 + position, word, mask=inside)
+    meta = meta_ptr + (block.to(tl.int64) * padded_rows + row) * 2
+    # sqrt(128) of the rotation and sqrt(128) of the levels; levels are (v + 1/2) * delta, so that half the block's sum
+    # is missing from the integer product; the product's accumulator starts at _ROUND.
+    scale = tl.where(peak * 0 == 0, peak / 127.0 / 128.0 * delta, float("nan"))
+    tl.store(meta, 0.5 * total - _ROUND, mask=inside & (lane == 0))
+    tl.store(meta + 1, scale, mask=inside & (lane == 0))
+
+
+@triton.jit
+def _load(x_ptr, scales_ptr, row, column, K, HAS_SCALES: tl.constexpr):
+    x = tl.load(x_ptr + row * K + column, mask=column < K, other=0.0).to(tl.float32)
+    if HAS_SCALES:
+        x = x / tl.load(scales_ptr + column, mask=column < K, other=1.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _round(x):
+    return (x + _ROUND).to(tl.int32, bitcast=True) - _ROUND_BITS
+
+
+def quantize_activation(
+    x: torch.Tensor, awq_scales: torch.Tensor | None, table: torch.Tensor, padded_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] contiguous -> words int32 [Mp, Kp / 4] and (offset, scale) fp32 [Kp / 128, Mp, 2].
+
+    table: `tiles.level_table`. padded_rows: Mp, at least M. Rows beyond M are left unwritten: each column of the
+    product depends on its own row.
+    """
+    rows, in_features = x.shape
+    blocks = padded_size(in_features) // BLOCK_SIZE
+    words = torch.empty(padded_rows, blocks * 32, dtype=torch.int32, device=x.device)
+    meta = torch.empty(blocks, padded_rows, 2, dtype=torch.float32, device=x.device)
+    _quantize_kernel[(triton.cdiv(blocks, _WARPS), rows)](
+        x_ptr=x,
+        scales_ptr=awq_scales,
+        out_ptr=words,
+        meta_ptr=meta,
+        table_ptr=table,
+        K=in_features,
+        blocks=blocks,
+        padded_rows=padded_rows,
+        HAS_SCALES=awq_scales is not None,
+        WARPS=_WARPS,
+        num_warps=_WARPS,
+        launch_pdl=True,
+    )
+    return words, meta

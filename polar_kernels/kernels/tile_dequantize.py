@@ -1,0 +1,190 @@
+"""The one-shot dequantisation from tile layout: unpack, look up, transform, norm and AWQ scale, one pass to 16 bits.
+
+A warp takes a tile (32 rows x one 128-block). Levels are looked up in fp16 by byte permutes, low and high bytes apart.
+Of the seven index bits the transform turns, the tensor cores turn four (two within a lane's words, two across lanes)
+and additions in registers the other three; a lane ends with runs of eight columns of four rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from polar_kernels.kernels.int8_matmul import _load_tile, _norm
+from polar_kernels.kernels.ptx import load_cached, mma_f16, pack_halves, store_four
+from polar_kernels.tiles import TILE_ROWS
+
+_WARPS = 4
+_BOTH_SIGNS = tl.constexpr(0x80008000 - (1 << 32))  # of two fp16 in a word
+
+
+def _decode(group: int) -> str:
+    """PTX: eight weights of the magnitude word $4 and the sign word $5 to four registers of two fp16.
+
+    Table: $6..$9 the low bytes of the 16 levels, $10..$13 the high ones; group: the sign group of the first four.
+    """
+
+    def four(first: str, second: str, selector: str, mask: int, shift: int) -> str:
+        sign = f"shl.b32 s, $5, {shift};" if shift else "mov.b32 s, $5;"
+        return (
+            f"prmt.b32 m, up, $4, {mask}; {sign}"
+            f"prmt.b32 x, $6, $7, {selector}; prmt.b32 y, $8, $9, {selector}; lop3.b32 lo, y, x, m, 0xE4;"
+            f"prmt.b32 x, $10, $11, {selector}; prmt.b32 y, $12, $13, {selector}; lop3.b32 hi, y, x, m, 0xE4;"
+            f"lop3.b32 hi, hi, s, 0x80808080, 0xF8;"
+            f"prmt.b32 {first}, lo, hi, 0x5140; prmt.b32 {second}, lo, hi, 0x7362;"
+        )
+
+    return (
+        "{ .reg .b32 a, b, up, lo, hi, m, s, x, y; and.b32 a, $4, 0x77777777; shl.b32 up, $4, 4;"
+        + four("$0", "$1", "a", 0xD9C8, group)
+        + " shr.u32 b, a, 16;"
+        + four("$2", "$3", "b", 0xFBEA, group + 1)
+        + " }"
+    )
+
+
+_DECODE_0, _DECODE_1, _DECODE_2, _DECODE_3 = (tl.constexpr(_decode(2 * s)) for s in range(4))
+
+
+@triton.jit
+def _decode_eight(code: tl.constexpr, word, signs, low, high):
+    return tl.inline_asm_elementwise(
+        code,
+        "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r",
+        [word, signs, low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]],
+        (tl.int32, tl.int32, tl.int32, tl.int32),
+        True,
+        1,
+    )
+
+
+@triton.jit
+def _turn_four_bits(upper_row, lower_row, ones, zero):
+    """Two groups of four columns of rows g and g + 8, their four bits transformed: for each group eight values."""
+    negated = ones ^ _BOTH_SIGNS
+    a0, a1, a2, a3 = mma_f16(upper_row[0], lower_row[0], upper_row[1], lower_row[1], ones, ones, zero)
+    b0, b1, b2, b3 = mma_f16(upper_row[0], lower_row[0], upper_row[1], lower_row[1], ones, negated, zero)
+    c0, c1, c2, c3 = mma_f16(upper_row[2], lower_row[2], upper_row[3], lower_row[3], ones, ones, zero)
+    d0, d1, d2, d3 = mma_f16(upper_row[2], lower_row[2], upper_row[3], lower_row[3], ones, negated, zero)
+    return (a0, a1, b0, b1, a2, a3, b2, b3), (c0, c1, d0, d1, c2, c3, d2, d3)
+
+
+@triton.jit
+def _turn_three_bits(v0, v1, v2, v3, v4, v5, v6, v7):
+    v0, v1, v2, v3, v4, v5, v6, v7 = v0 + v1, v0 - v1, v2 + v3, v2 - v3, v4 + v5, v4 - v5, v6 + v7, v6 - v7
+    v0, v1, v2, v3, v4, v5, v6, v7 = v0 + v2, v1 + v3, v0 - v2, v1 - v3, v4 + v6, v5 + v7, v4 - v6, v5 - v7
+    return v0 + v4, v1 + v5, v2 + v6, v3 + v7, v0 - v4, v1 - v5, v2 - v6, v3 - v7
+
+
+@triton.jit
+def _halves(word):
+    low = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    high = ((word >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _store_row(out_ptr, row, column, v, norm, N, K, inverse, HAS_SCALES: tl.constexpr):
+    """Eight columns of one row; inverse: 1 / awq_scales of the eight."""
+    y = ()
+    for i in tl.static_range(8):
+        value = v[i] * norm
+        if HAS_SCALES:
+            value = value * inverse[i]
+        y = y + (value,)
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    w0 = pack_halves(y[0], y[1], DTYPE)
+    w1 = pack_halves(y[2], y[3], DTYPE)
+    w2 = pack_halves(y[4], y[5], DTYPE)
+    w3 = pack_halves(y[6], y[7], DTYPE)
+    keep = ((row < N) & (column < K)).to(tl.int32)
+    store_four(out_ptr + row.to(tl.int64) * K + column, w0, w1, w2, w3, keep)
+
+
+@triton.jit
+def _tile_dequantize_kernel(
+    tiles_ptr, norms_ptr, table_ptr, scales_ptr, out_ptr, N, K, blocks, HAS_SCALES: tl.constexpr, WARPS: tl.constexpr
+):
+    thread = tl.arange(0, 32 * WARPS)
+    lane = thread % 32
+    g = lane // 4
+    q = lane % 4
+    band = tl.program_id(1)
+    block = tl.program_id(0) * WARPS + thread // 32
+    inside = block < blocks
+    number = band * blocks + tl.minimum(block, blocks - 1)
+    tile = _load_tile(tiles_ptr, number, lane)
+    low = load_cached(table_ptr + 4 + thread * 0)
+    high = load_cached(table_ptr + 8 + thread * 0)
+    norms = tl.load(norms_ptr + number.to(tl.int64) * 8 + g)
+    # The sign of entry (k, n) of H is the parity of k & n: this lane's k is 2 q or 2 q + 1 (and 8 more), its n is g.
+    shared = q & (g // 2)
+    ones = 0x3C003C00 ^ ((shared ^ (shared // 2)) & 1) * _BOTH_SIGNS ^ ((g & 1) << 31)
+    zero = tl.zeros(lane.shape, tl.float32)
+    columns = block * 128 + 8 * q
+    for half in tl.static_range(2):
+        first_row = band * 32 + half * 16 + g
+        w0 = tile[2 * half]
+        w1 = tile[2 * half + 1]
+        s0 = tile[4][2 * half]
+        s1 = tile[4][2 * half + 1]
+        upper = _decode_eight(_DECODE_0, w0[0], s0, low, high)
+        lower = _decode_eight(_DECODE_0, w0[1], s1, low, high)
+        r0a, r0b = _turn_four_bits(upper, lower, ones, zero)
+        upper = _decode_eight(_DECODE_1, w0[2], s0, low, high)
+        lower = _decode_eight(_DECODE_1, w0[3], s1, low, high)
+        r1a, r1b = _turn_four_bits(upper, lower, ones, zero)
+        upper = _decode_eight(_DECODE_2, w1[0], s0, low, high)
+        lower = _decode_eight(_DECODE_2, w1[1], s1, low, high)
+        r2a, r2b = _turn_four_bits(upper, lower, ones, zero)
+        upper = _decode_eight(_DECODE_3, w1[2], s0, low, high)
+        lower = _decode_eight(_DECODE_3, w1[3], s1, low, high)
+        r3a, r3b = _turn_four_bits(upper, lower, ones, zero)
+        done = ()
+        for i in tl.static_range(8):
+            done = done + (_turn_three_bits(r0a[i], r0b[i], r1a[i], r1b[i], r2a[i], r2b[i], r3a[i], r3b[i]),)
+        for s in tl.static_range(4):
+            column = columns + 32 * s
+            inverse = ()
+            if HAS_SCALES:
+                for i in tl.static_range(8):
+                    scale = tl.load(scales_ptr + column + i, mask=inside & (column + i < K), other=1.0).to(tl.float32)
+                    inverse = inverse + (1.0 / scale,)
+            for r in tl.static_range(2):
+                v = (
+                    done[4 * r][2 * s],
+                    done[4 * r + 1][2 * s],
+                    done[4 * r + 2][2 * s],
+                    done[4 * r + 3][2 * s],
+                    done[4 * r][2 * s + 1],
+                    done[4 * r + 1][2 * s + 1],
+                    done[4 * r + 2][2 * s + 1],
+                    done[4 * r + 3][2 * s + 1],
+                )
+                norm = _norm(norms, 32 * half + 16 * r) * 0.0078125
+                _store_row(out_ptr, first_row + 8 * r, column, v, norm, N, K, inverse, HAS_SCALES)
+
+
+def dequantize_tiles(
+    tiles: torch.Tensor,
+    tile_norms: torch.Tensor,
+    awq_scales: torch.Tensor | None,
+    table: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Write W_hat into out [N, K], bf16 or fp16, contiguous, K a multiple of 8."""
+    rows, in_features = out.shape
+    bands = triton.cdiv(rows, TILE_ROWS)
+    blocks = tiles.shape[0] // bands
+    _tile_dequantize_kernel[(triton.cdiv(blocks, _WARPS), bands)](
+        tiles_ptr=tiles,
+        norms_ptr=tile_norms.view(torch.int64),
+        table_ptr=table,
+        scales_ptr=awq_scales,
+        out_ptr=out,
+        N=rows,
+        K=in_features,
+        blocks=blocks,
+        HAS_SCALES=awq_scales is not None,
+        WARPS=_WARPS,
+        num_warps=_WARPS,
+    )

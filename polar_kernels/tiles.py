@@ -1,0 +1,150 @@
+"""The GPU's own weight layout: the disk's bits in the order in which tensor-core lanes want them.
+
+A tile is 32 rows by one 128-block, 4096 weights. The warp that multiplies it holds 128 of them per lane: the four rows
+g, g + 8, g + 16, g + 24 (g = lane // 4) at the 32 columns whose bits 3 and 4 are lane % 4, which is what the A operand
+of `mma.m16n8k32` asks for once columns are taken in the order below. A lane's 20 words lie in five planes of 16 bytes
+a lane, so that a warp reads a plane in one coalesced instruction:
+
+    planes 0..3   magnitudes, 4 bits each, eight consecutive columns a word
+    plane 4       signs, one word a row: bit 8 i + 7 - t is the sign of column i of group t
+
+A column is  32 s + 8 q + 4 r + i:  i in 0..3 within a register, q = lane % 4, (s, r) the register; group t is 2 s + r.
+Magnitude m and sign stand for the code m + 16, or 15 - m where negative: the table must be odd-symmetric.
+
+Norms follow as fp16 [tiles, 8, 4]: the four of a lane side by side. Rows are padded with zeros to 32s; otherwise the
+layout has exactly the disk's 5 bits a weight and 16 a norm.
+"""
+
+import torch
+
+from polar_kernels.errors import ArgumentError
+from polar_kernels.hadamard import BLOCK_SIZE
+from polar_kernels.packing import pack_codes, unpack_codes
+
+TILE_ROWS = 32
+TILE_BITS = 5  # the width this layout is for
+_PLANES, _LANES, _LANE_WORDS = 5, 32, 4
+TILE_WORDS = _PLANES * _LANES * _LANE_WORDS
+_CHUNK_TILES = 1 << 12  # rearranged at a time; bounds the temporaries
+
+
+def tile_weight(packed: torch.Tensor, norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """packed uint8 [N, Kp * 5 / 8] and norms fp16 [N, Kp / 128] -> tiles int32 [T, 640], tile norms fp16 [T, 8, 4].
+
+    T = ceil(N / 32) * Kp / 128, the tiles of the first 32 rows first.
+    """
+    out_features, blocks = norms.shape
+    bands = -(-out_features // TILE_ROWS)
+    tiles = packed.new_empty(bands * blocks, TILE_WORDS, dtype=torch.int32)
+    step = max(1, _CHUNK_TILES // max(1, blocks))
+    for band in range(0, bands, step):
+        rows = slice(band * TILE_ROWS, (band + step) * TILE_ROWS)
+        codes = _pad_rows(unpack_codes(packed[rows], TILE_BITS))
+        tiles[band * blocks : (band + step) * blocks] = _tile_codes(codes)
+    grouped = _pad_rows(norms).view(bands, _LANE_WORDS, 8, blocks)
+    return tiles, grouped.permute(0, 3, 2, 1).reshape(bands * blocks, 8, _LANE_WORDS).contiguous()
+
+
+def untile_weight(
+    tiles: torch.Tensor, tile_norms: torch.Tensor, out_features: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The exact inverse: packed uint8 [N, Kp * 5 / 8] and norms fp16 [N, Kp / 128]."""
+    bands = -(-out_features // TILE_ROWS)
+    blocks = tiles.shape[0] // bands if bands else 0
+    packed = tiles.new_empty(bands * TILE_ROWS, blocks * BLOCK_SIZE * TILE_BITS // 8, dtype=torch.uint8)
+    step = max(1, _CHUNK_TILES // max(1, blocks))
+    for band in range(0, bands, step):
+        codes = _untile_codes(tiles[band * blocks : (band + step) * blocks], blocks)
+        packed[band * TILE_ROWS : (band + step) * TILE_ROWS] = pack_codes(codes, TILE_BITS)
+    norms = tile_norms.view(bands, blocks, 8, _LANE_WORDS).permute(0, 3, 2, 1).reshape(bands * TILE_ROWS, blocks)
+    return packed[:out_features].contiguous(), norms[:out_features].contiguous()
+
+
+def _pad_rows(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % TILE_ROWS))
+
+
+def _tile_codes(codes: torch.Tensor) -> torch.Tensor:
+    """codes uint8 [bands * 32, Kp] -> int32 [bands * blocks, 640]."""
+    codes = codes.int()
+    negative = codes < 16
+    magnitude = torch.where(negative, 15 - codes, codes - 16)
+    shape = _axes(codes)
+    # [band, tile half, row half, g, block, s, q, r, i]
+    nibbles = magnitude.view(shape) << (4 * torch.arange(8, device=codes.device, dtype=torch.int32).view(2, 4))
+    words = nibbles.sum((-2, -1), dtype=torch.int32)  # fields are disjoint; the top one may wrap into the sign
+    planes = words.unflatten(5, (2, 2)).permute(0, 4, 1, 5, 3, 7, 6, 2)  # s -> (plane, word): band block h s1 g q s0 r
+    lanes = planes.reshape(*planes.shape[:2], 4, _LANES, _LANE_WORDS)
+    bits = negative.view(shape).int() << _sign_shifts(codes.device)
+    signs = bits.sum((5, 7, 8), dtype=torch.int32)  # [band, half, row half, g, block, q]
+    sign_plane = signs.permute(0, 4, 3, 5, 1, 2).reshape(*planes.shape[:2], 1, _LANES, _LANE_WORDS)
+    return torch.cat([lanes, sign_plane], 2).reshape(-1, TILE_WORDS)
+
+
+def _untile_codes(tiles: torch.Tensor, blocks: int) -> torch.Tensor:
+    """The inverse of `_tile_codes`: uint8 [bands * 32, Kp]."""
+    planes = tiles.view(-1, blocks, _PLANES, _LANES, _LANE_WORDS)
+    bands = planes.shape[0]
+    words = planes[:, :, :4].reshape(bands, blocks, 2, 2, 8, 4, 2, 2)  # band block h s1 g q s0 r
+    words = words.permute(0, 2, 7, 4, 1, 3, 6, 5).reshape(bands, 2, 2, 8, blocks, 4, 4)[..., None, None]
+    shifts = 4 * torch.arange(8, device=tiles.device, dtype=torch.int32).view(2, 4)
+    magnitude = (words >> shifts) & 15
+    signs = planes[:, :, 4].reshape(bands, blocks, 8, 4, 2, 2).permute(0, 4, 5, 2, 1, 3)  # band h r g block q
+    negative = (signs[:, :, :, :, :, None, :, None, None] >> _sign_shifts(tiles.device)) & 1
+    codes = torch.where(negative == 1, 15 - magnitude, magnitude + 16)
+    return codes.to(torch.uint8).reshape(bands * TILE_ROWS, blocks * BLOCK_SIZE)
+
+
+def _axes(codes: torch.Tensor) -> tuple[int, ...]:
+    """[band, tile half, row half, g, block, s, q, r, i]"""
+    return (codes.shape[0] // TILE_ROWS, 2, 2, 8, codes.shape[1] // BLOCK_SIZE, 4, 4, 2, 4)
+
+
+def _sign_shifts(device: torch.device) -> torch.Tensor:
+    """Bit of each sign in its word, over [s, q, r, i]."""
+    s = torch.arange(4, device=device, dtype=torch.int32).view(4, 1, 1, 1)
+    r = torch.arange(2, device=device, dtype=torch.int32).view(1, 1, 2, 1)
+    i = torch.arange(4, device=device, dtype=torch.int32)
+    return 8 * i + 7 - (2 * s + r)
+
+
+def level_table(centroids: torch.Tensor) -> torch.Tensor:
+    """The words a kernel decodes with: int32 [16].
+
+    0..3: the 16 positive levels as bytes v, four a word, level ~ (v + 1/2) * delta; 4..7 and 8..11: the low and the
+    high bytes of the levels in fp16; 12: delta's bits; 13..15: zero.
+    Raises ArgumentError for a table that the layout cannot hold.
+    """
+    if not is_tileable(centroids):
+        raise ArgumentError("the tile layout needs an odd-symmetric table of 32 levels")
+    positive = centroids[16:].cpu()
+    steps, delta = half_integer_levels(positive)
+    halves = positive.half().view(torch.int16).int() & 0xFFFF
+    parts = [_bytes_to_words(steps), _bytes_to_words(halves & 0xFF), _bytes_to_words(halves >> 8)]
+    tail = torch.tensor([delta, 0, 0, 0], dtype=torch.float32).view(torch.int32)
+    return torch.cat([*parts, tail]).to(centroids.device)
+
+
+def is_tileable(centroids: torch.Tensor) -> bool:
+    """Whether a table has 32 levels and is odd-symmetric."""
+    return centroids.numel() == 1 << TILE_BITS and torch.equal(centroids, -centroids.flip(0))
+
+
+def half_integer_levels(positive: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Bytes v int32 [16] in 0..127 and the step delta for which (v + 1/2) * delta is closest to the positive levels.
+
+    Closest: smallest squared error under N(0, 1). Half-integers make the bitwise complement an exact negation.
+    """
+    levels = positive.double()
+    edges = torch.cat([levels.new_zeros(1), (levels[1:] + levels[:-1]) / 2, levels.new_full((1,), torch.inf)])
+    mass = torch.special.ndtr(edges[1:]) - torch.special.ndtr(edges[:-1])
+    steps = levels[-1] / torch.linspace(100.0, 127.5, 4001, dtype=torch.float64)  # candidates for delta
+    values = (levels / steps[:, None] - 0.5).round().clamp(0, 127)
+    errors = (((values + 0.5) * steps[:, None] - levels).square() * mass).sum(1)
+    best = int(errors.argmin())
+    return values[best].int(), float(steps[best])
+
+
+def _bytes_to_words(values: torch.Tensor) -> torch.Tensor:
+    """int32 [16] in 0..255 -> int32 [4], little-endian."""
+    return values.to(torch.uint8).view(torch.int32)

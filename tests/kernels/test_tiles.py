@@ -1,0 +1,235 @@
+"""The GPU's weight layout: exactly the stored bits, and products and dequantisation from it."""
+
+import pytest
+import torch
+
+from polar_kernels import (
+    ArgumentError,
+    PolarLinear,
+    lloyd_max_levels,
+    ops,
+    pack_codes,
+    published_levels,
+    quantize_weight,
+    reference,
+)
+from polar_kernels.tiles import half_integer_levels, is_tileable, level_table, tile_weight, untile_weight
+
+SHAPES = [(1, 128), (32, 128), (37, 200), (64, 384), (257, 1152)]
+QWEN_SHAPES = [(12288, 4096), (4096, 12288), (1024, 4096)]
+INT8_ERROR = 0.012  # of the int8 product against the exact one, relative
+
+
+@pytest.fixture
+def tiled(random_weight):
+    """(tiled parts, stored parts) of a random weight."""
+
+    def make(rows: int, columns: int, awq: bool = True) -> tuple[tuple, tuple]:
+        packed, norms, scales, centroids = random_weight(rows, columns, 5, awq=awq)
+        tiles, tile_norms = tile_weight(packed, norms)
+        return (tiles, tile_norms, scales, level_table(centroids), centroids), (packed, norms, scales, centroids)
+
+    return make
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tiling_is_undone_exactly(device: torch.device, shape: tuple[int, int]) -> None:
+    rows, blocks = shape[0], -(-shape[1] // 128)
+    packed = pack_codes(torch.randint(0, 32, (rows, blocks * 128), device=device), 5)
+    norms = torch.rand(rows, blocks, device=device).half()
+    tiles, tile_norms = tile_weight(packed, norms)
+    assert tiles.nbytes == -(-rows // 32) * 32 * blocks * 80
+    back = untile_weight(tiles, tile_norms, rows)
+    assert torch.equal(back[0], packed)
+    assert torch.equal(back[1], norms)
+
+
+def test_tiling_in_steps_changes_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = pack_codes(torch.randint(0, 32, (200, 384), device=device), 5)
+    norms = torch.rand(200, 3, device=device).half()
+    whole = tile_weight(packed, norms)
+    monkeypatch.setattr("polar_kernels.tiles._CHUNK_TILES", 3)
+    assert all(torch.equal(a, b) for a, b in zip(whole, tile_weight(packed, norms), strict=True))
+    assert torch.equal(untile_weight(*whole, 200)[0], packed)
+
+
+def test_half_integers_are_close_to_the_levels() -> None:
+    positive = lloyd_max_levels(5)[16:]
+    steps, delta = half_integer_levels(positive)
+    assert steps.min() >= 0
+    assert steps.max() <= 127
+    assert ((steps + 0.5) * delta - positive).abs().max() < 0.51 * delta
+
+
+def test_tables_that_have_tiles() -> None:
+    assert is_tileable(lloyd_max_levels(5))
+    assert is_tileable(published_levels(5))
+    assert not is_tileable(lloyd_max_levels(4))
+    crooked = lloyd_max_levels(5) + 0.01
+    assert not is_tileable(crooked)
+    with pytest.raises(ArgumentError, match="odd-symmetric"):
+        level_table(crooked)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 16, 33, 64, 128, 129, 300])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_product(device: torch.device, tiled, relative_error, rows: int, dtype: torch.dtype, bias: bool) -> None:
+    tiles, stored = tiled(257, 1152)
+    x = torch.randn(rows, 1152, device=device).to(dtype)
+    offset = torch.randn(257, device=device).to(dtype) if bias else None
+    y = ops.tiled_linear(x, *tiles, offset, 257)
+    exact = reference.linear(x.double(), *stored, offset)
+    assert y.dtype == dtype
+    assert y.shape == exact.shape
+    assert not rows or relative_error(y, exact) < INT8_ERROR
+
+
+@pytest.mark.parametrize("awq", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_product_shapes(device: torch.device, tiled, relative_error, shape: tuple[int, int], awq: bool) -> None:
+    tiles, stored = tiled(*shape, awq)
+    x = torch.randn(3, 5, shape[1], device=device).bfloat16()
+    y = ops.tiled_linear(x, *tiles, None, shape[0])
+    assert relative_error(y, reference.linear(x.double(), *stored)) < 1.5 * INT8_ERROR  # over few outputs
+
+
+def test_product_in_fp32_is_exact(device: torch.device, tiled, relative_error) -> None:
+    tiles, stored = tiled(70, 384)
+    x = torch.randn(5, 384, device=device)
+    exact = reference.linear(x.double(), *stored)
+    assert relative_error(ops.tiled_linear(x, *tiles, None, 70), exact) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 204)])
+def test_dequantize(device, tiled, relative_error, rounding, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    tiles, stored = tiled(*shape)
+    dense = ops.tiled_dequantize(*tiles, *shape, dtype)
+    exact = reference.dequantize(*stored, shape[1], torch.float64)
+    assert dense.shape == shape
+    assert relative_error(dense, exact) < rounding[dtype]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows", [3, 20])
+def test_non_finite_activations_stay_in_their_row(device: torch.device, tiled, value: float, rows: int) -> None:
+    tiles, _ = tiled(64, 384, awq=False)
+    x = torch.randn(rows, 384, device=device).half()
+    clean = ops.tiled_linear(x, *tiles, None, 64)
+    x[1, 200] = value
+    y = ops.tiled_linear(x, *tiles, None, 64)
+    others = torch.arange(rows) != 1
+    assert torch.equal(y[others], clean[others])
+    assert not y[1].isfinite().any()
+
+
+def test_large_and_zero_activations(device: torch.device, tiled, relative_error) -> None:
+    tiles, stored = tiled(64, 256)
+    x = torch.zeros(2, 256, device=device).half()
+    x[1] = 6000.0
+    y = ops.tiled_linear(x, *tiles, None, 64)
+    assert not y[0].any()
+    exact = reference.linear(x.double(), *stored)
+    assert relative_error(y[1], exact[1]) < 2 * INT8_ERROR
+
+
+def test_gradients(device: torch.device, tiled, relative_error) -> None:
+    tiles, stored = tiled(37, 200)
+    x = torch.randn(4, 200, device=device, requires_grad=True)
+    offset = torch.zeros(37, device=device, requires_grad=True)
+    grad = torch.randn(4, 37, device=device)
+    ops.tiled_linear(x, *tiles, offset, 37).backward(grad)
+    dense = reference.dequantize(*stored, 200, torch.float64)
+    assert relative_error(x.grad, grad.double() @ dense) < 1e-5
+    assert torch.allclose(offset.grad, grad.sum(0))
+
+
+@pytest.mark.parametrize("op", ["linear", "dequantize"])
+def test_opcheck(device: torch.device, tiled, op: str) -> None:
+    tiles, _ = tiled(37, 200)
+    if op == "linear":
+        args = (torch.randn(4, 200, device=device).half(), *tiles, None, 37)
+        torch.library.opcheck(ops.tiled_linear, args)
+    else:
+        torch.library.opcheck(ops.tiled_dequantize, (*tiles, 37, 200, torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["tiles", "tile_norms", "level_table", "centroids", "x", "bias"])
+def test_wrong_arguments(device: torch.device, tiled, name: str) -> None:
+    tiles, _ = tiled(37, 200)
+    args = dict(zip(("tiles", "tile_norms", "awq_scales", "level_table", "centroids"), tiles, strict=True))
+    args |= {"x": torch.randn(2, 200, device=device), "bias": torch.zeros(37, device=device), "out_features": 37}
+    args[name] = args[name][..., :-1]
+    with pytest.raises(ArgumentError):
+        torch.ops.polar.tiled_linear(**args)
+
+
+@pytest.mark.gpu
+def test_layer_on_a_gpu_keeps_one_copy(device: torch.device) -> None:
+    layer = PolarLinear.from_linear(torch.nn.Linear(384, 70))
+    stored = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.to(device)
+    assert layer.packed is None
+    assert layer.norms is None
+    assert layer.tiles is not None
+    assert {name: list(t.shape) for name, t in layer.state_dict().items()} == {
+        n: list(t.shape) for n, t in stored.items()
+    }
+    assert all(torch.equal(tensor.cpu(), stored[name]) for name, tensor in layer.state_dict().items())
+    layer.cpu()
+    assert layer.tiles is None
+    assert torch.equal(layer.packed, stored["packed"])
+
+
+@pytest.mark.gpu
+def test_layer_loads_a_state_dict_on_a_gpu(device: torch.device) -> None:
+    source = PolarLinear.from_linear(torch.nn.Linear(384, 70))
+    layer = PolarLinear(384, 70, device=device)
+    layer.load_state_dict(source.state_dict())
+    x = torch.randn(3, 384, device=device).bfloat16()
+    assert torch.equal(layer(x), source.to(device)(x))
+
+
+@pytest.mark.gpu
+def test_exact_activation(device: torch.device, relative_error) -> None:
+    layer = PolarLinear.from_linear(torch.nn.Linear(1152, 257, device=device))
+    x = torch.randn(5, 1152, device=device).half()
+    exact = reference.linear(x.double(), *_parts(layer), layer.bias)
+    assert relative_error(layer(x), exact) > 0.003
+    layer.activation = "exact"
+    assert layer.tiles is None
+    assert relative_error(layer(x), exact) < 0.002
+    with pytest.raises(ArgumentError, match="activation"):
+        layer.activation = "int4"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 33, 128, 1000])
+@pytest.mark.parametrize("shape", QWEN_SHAPES)
+def test_qwen_shapes(device, relative_error, shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(shape, device=device) * torch.rand(shape[0], 1, device=device)
+    layer = PolarLinear.from_weight(quantize_weight(weight, awq_scales=torch.rand(shape[1], device=device) + 0.5))
+    x = torch.randn(rows, shape[1], device=device).to(dtype)
+    dense = layer.dequantize(torch.float32).double()
+    assert relative_error(layer(x), x.double() @ dense.T) < INT8_ERROR
+
+
+@pytest.mark.gpu
+def test_graph_capture(device: torch.device) -> None:
+    layer = PolarLinear.from_linear(torch.nn.Linear(1152, 257, device=device)).half()
+    x = torch.randn(3, 1152, device=device).half()
+    layer(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(y, layer(x))
+
+
+def _parts(layer: PolarLinear) -> tuple:
+    weight = layer.polar_weight
+    return weight.packed, weight.norms, weight.awq_scales, weight.centroids
