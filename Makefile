@@ -6,7 +6,7 @@ TRANSFORMERS ?= transformers>=5.17
 TESTS ?= tests
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 demo: $(VENV)/.installed  ## quantise a small model, load it, compare, generate
 	$(BIN)/polar demo
@@ -18,6 +18,9 @@ check: $(VENV)/.test-installed  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.test-installed  ## kernels beside cuBLAS on this GPU; writes bench/results and docs/benchmarks.md
+	$(BIN)/polar bench --out bench/results --document docs/benchmarks.md
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

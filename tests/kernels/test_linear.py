@@ -35,7 +35,10 @@ def linear(device: torch.device) -> nn.Linear:
 
 @pytest.fixture
 def layer(linear: nn.Linear) -> PolarLinear:
-    return PolarLinear.from_linear(linear, awq_scales=torch.rand(K) + 0.5)
+    """In exact mode, so that its buffers are the stored ones on a GPU too; test_tiles.py has the other mode."""
+    layer = PolarLinear.from_linear(linear, awq_scales=torch.rand(K) + 0.5)
+    layer.activation = "exact"
+    return layer
 
 
 def exact(layer: PolarLinear, x: torch.Tensor) -> torch.Tensor:
@@ -48,6 +51,7 @@ def exact(layer: PolarLinear, x: torch.Tensor) -> torch.Tensor:
 def test_from_linear(device: torch.device, relative_error, rounding, bits: int, bias: bool, dtype: torch.dtype) -> None:
     linear = nn.Linear(K, N, bias=bias, device=device, dtype=dtype)
     layer = PolarLinear.from_linear(linear, bits)
+    layer.activation = "exact"
     stored = quantize_weight(linear.weight.detach(), bits)
     assert torch.equal(layer.packed, stored.packed)
     assert torch.equal(layer.norms, stored.norms)
@@ -249,8 +253,8 @@ def test_training_after_a_first_use_in_inference_mode(device: torch.device, line
         lloyd_max_levels.cache_clear()
 
 
-def test_from_weight_shares_tensors(device: torch.device) -> None:
-    stored = quantize_weight(torch.randn(N, K, device=device))
+def test_from_weight_shares_tensors() -> None:
+    stored = quantize_weight(torch.randn(N, K))
     layer = PolarLinear.from_weight(stored)
     assert layer.packed is stored.packed
     assert layer.polar_weight.packed is stored.packed
@@ -267,7 +271,7 @@ def test_wrong_input(device: torch.device, layer: PolarLinear, dtype: torch.dtyp
 
 
 def test_repr(layer: PolarLinear) -> None:
-    assert repr(layer) == "PolarLinear(in_features=200, out_features=37, bias=True, bits=5, awq=True, activation=int8)"
+    assert repr(layer) == "PolarLinear(in_features=200, out_features=37, bias=True, bits=5, awq=True, activation=exact)"
 
 
 def test_bytes_of_a_layer(device: torch.device) -> None:

@@ -1,0 +1,184 @@
+"""What a run leaves: table, JSON, CSV, charts, and docs/benchmarks.md made from the JSON."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from polar_bench.kernels import Measurement
+
+from polar_kernels.version import __version__
+
+# 12288 x 4096 stands for two layers of the model: gate or up, and the merged GatedDeltaNet projections.
+_WEIGHTS = {(12288, 4096): 2}
+Result = dict[str, Any]
+
+
+def assemble(measurements: list[Measurement], rates: tuple[float, float]) -> Result:
+    """The result as it is written to JSON."""
+    import triton
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {"polar": __version__, "torch": torch.__version__, "triton": triton.__version__},
+        "cuda": torch.version.cuda,
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "read_bytes_per_second": rates[0],
+        "copy_bytes_per_second": rates[1],
+        "rows": [asdict(measurement) for measurement in measurements],
+    }
+
+
+def write(result: Result, folder: Path) -> Path:
+    """Write JSON, CSV and charts; returns the JSON's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = "kernels-" + result["gpu"].lower().replace(" ", "-")
+    path = folder / f"{stem}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    with (folder / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Measurement)])
+        writer.writeheader()
+        writer.writerows(result["rows"])
+    _draw_ratios(result, folder / f"{stem}-ratio.png")
+    _draw_roofline(result, folder / f"{stem}-roofline.png")
+    return path
+
+
+def table(result: Result) -> list[list[str]]:
+    """Rows for people: shape, M, provider, microseconds, ratio to bf16, GB/s, fraction of the memory's rate, error."""
+    rows = []
+    for row in result["rows"]:
+        timed = row["microseconds"] is not None
+        rows.append(
+            [
+                f"{row['kernel']} {row['N']}x{row['K']}",
+                str(row["M"]) if row["M"] else "-",
+                f"{row['provider']} {row['mode']}",
+                f"{row['microseconds']:.1f} +- {row['spread']:.0%}" if timed else "wrong",
+                f"{row['ratio']:.2f}" if row["ratio"] else "-",
+                f"{row['bandwidth'] / 1e9:.0f}" if timed else "-",
+                f"{row['bandwidth_fraction']:.0%}" if timed else "-",
+                f"{row['error']:.5f}",
+            ]
+        )
+    return rows
+
+
+COLUMNS = ["kernel", "M", "provider", "us", "bf16 / this", "GB/s", "of memory", "error"]
+
+
+def mean_ratios(result: Result) -> dict[str, dict[int, float]]:
+    """Provider and mode -> M -> geometric mean over the shapes of cuBLAS bf16's time over the provider's."""
+    logs: dict[str, dict[int, list[float]]] = {}
+    for row in result["rows"]:
+        if row["kernel"] == "linear" and row["ratio"]:
+            times = _WEIGHTS.get((row["N"], row["K"]), 1)
+            name = f"{row['provider']} {row['mode']}"
+            logs.setdefault(name, {}).setdefault(row["M"], []).extend([math.log(row["ratio"])] * times)
+    return {name: {m: math.exp(sum(v) / len(v)) for m, v in by_m.items()} for name, by_m in logs.items()}
+
+
+def document(results: list[Path], out: Path) -> None:
+    """Write docs/benchmarks.md from result files."""
+    parts = [_INTRODUCTION]
+    for path in results:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        parts.append(_section(result, path, out.parent))
+    out.write_text("\n".join(parts), encoding="utf-8")
+
+
+_INTRODUCTION = """# Benchmarks
+
+Made by `polar bench` and this file from its results; do not edit. Each call runs in a CUDA graph over weights that take
+turns, more of them than the L2 holds; times are medians, the rotation of the activation included. The ratio is the time
+of cuBLAS bf16 (`F.linear`) in the same run over the time of the provider: above 1 is faster than bf16. No time is
+given where the result is wrong. Errors are relative, against fp64 with the dequantised weight.
+"""
+
+
+def _section(result: Result, path: Path, base: Path) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    ratios = mean_ratios(result)
+    counts = sorted({m for by_m in ratios.values() for m in by_m})
+    lines = [
+        f"\n## {result['gpu']}\n",
+        f"{versions}, CUDA {result['cuda']}, commit {result['commit']}, {result['date']}.",
+        f"Memory: {result['read_bytes_per_second'] / 1e12:.2f} TB/s read, "
+        f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s copied.\n",
+        "Geometric mean of the ratio to bf16 over the layers of Qwen3.5-9B:\n",
+        "| | " + " | ".join(f"M = {m}" for m in counts) + " |",
+        "|---" * (len(counts) + 1) + "|",
+        *(
+            f"| {name} | " + " | ".join(f"{by_m[m]:.2f}" if m in by_m else "" for m in counts) + " |"
+            for name, by_m in ratios.items()
+        ),
+        "",
+        *(
+            f"![{kind}]({_relative(path.with_name(f'{path.stem}-{kind}.png'), base)})\n"
+            for kind in ("ratio", "roofline")
+        ),
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" * len(COLUMNS) + "|",
+        *("| " + " | ".join(row) + " |" for row in table(result)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _relative(path: Path, base: Path) -> str:
+    """A link from a file in `base` to `path`."""
+    return Path(os.path.relpath(path, base)).as_posix()
+
+
+def _commit() -> str:
+    """The checkout's commit, marked when files differ from it; unknown outside one."""
+    where = Path(__file__).resolve().parent
+    git = ["git", "-C", str(where), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _draw_ratios(result: Result, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, by_m in mean_ratios(result).items():
+        counts = sorted(by_m)
+        axes.plot(counts, [by_m[m] for m in counts], marker="o", label=name)
+    axes.set(xscale="log", xlabel="rows of the activation, M", ylabel="speed-up over cuBLAS bf16", ylim=(0, None))
+    axes.set_xscale("log", base=2)
+    axes.set_title(f"Geometric mean over the layers of Qwen3.5-9B, {result['gpu']}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _draw_roofline(result: Result, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name in mean_ratios(result):
+        rows = [r for r in result["rows"] if f"{r['provider']} {r['mode']}" == name and r["microseconds"]]
+        linear = [r for r in rows if r["kernel"] == "linear"]
+        intensity = [2 * r["M"] * r["N"] * r["K"] / (r["bandwidth"] * r["microseconds"] / 1e6) for r in linear]
+        rate = [2 * r["M"] * r["N"] * r["K"] / r["microseconds"] / 1e6 for r in linear]
+        axes.scatter(intensity, rate, s=12, label=name)
+    edges = [1, 1e5]
+    axes.plot(
+        edges, [e * result["read_bytes_per_second"] / 1e12 for e in edges], color="grey", label="memory, measured"
+    )
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte of weight", ylabel="TFLOP/s", ylim=(0.5, 2e3))
+    axes.set_title(f"Roofline, {result['gpu']}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,69 @@
+"""The benchmark's bookkeeping: what it writes and says. Its times need a GPU."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from polar_bench import kernels, report
+from polar_bench.kernels import Measurement
+from polar_bench.timing import L2_BYTES, copies_needed, time_calls
+
+
+def measurement(m: int, ratio: float, shape: tuple[int, int] = (4096, 4096)) -> Measurement:
+    parts = {"error": 0.001, "spread": 0.01, "bandwidth": 1e12, "bandwidth_fraction": 0.5}
+    return Measurement(
+        "linear", "p", "int8", *shape, m, microseconds=10.0, bf16_microseconds=10 * ratio, ratio=ratio, **parts
+    )
+
+
+@pytest.fixture
+def result() -> report.Result:
+    rows = [measurement(1, 2.0), measurement(1, 8.0, (12288, 4096)), measurement(2, 3.0)]
+    wrong = Measurement("linear", "q", "int4", 4096, 4096, 1, 0.5, None, None, 10.0, None, None, None)
+    versions = {"polar": "0", "torch": "0", "triton": "0"}
+    return {
+        **{"gpu": "Some GPU", "versions": versions, "cuda": "13", "commit": "abc", "date": "2026-01-01"},
+        **{"read_bytes_per_second": 4e12, "copy_bytes_per_second": 3e12},
+        "rows": [vars(row) for row in [*rows, wrong]],
+    }
+
+
+def test_mean_over_the_layers_counts_the_doubled_shape_twice(result: report.Result) -> None:
+    assert report.mean_ratios(result) == {"p int8": {1: pytest.approx((2 * 8 * 8) ** (1 / 3)), 2: pytest.approx(3.0)}}
+
+
+def test_no_time_for_a_wrong_result(result: report.Result) -> None:
+    assert report.table(result)[-1][3:7] == ["wrong", "-", "-", "-"]
+
+
+def test_files(result: report.Result, tmp_path: Path) -> None:
+    path = report.write(result, tmp_path / "results")
+    assert json.loads(path.read_text()) == result
+    with path.with_suffix(".csv").open(newline="") as file:
+        assert [row["ratio"] for row in csv.DictReader(file)] == ["2.0", "8.0", "3.0", ""]
+    report.document([path], tmp_path / "benchmarks.md")
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "## Some GPU" in text
+    for kind in ("ratio", "roofline"):
+        assert f"(results/kernels-some-gpu-{kind}.png)" in text
+        assert (tmp_path / "results" / f"kernels-some-gpu-{kind}.png").stat().st_size > 1000
+
+
+def test_shapes_fill_the_cache_in_turns() -> None:
+    for rows, columns in kernels.SHAPES:
+        nbytes = rows * columns * 5 // 8
+        assert copies_needed(nbytes) >= 2
+        assert copies_needed(nbytes) == 16 or copies_needed(nbytes) * nbytes >= L2_BYTES
+
+
+@pytest.mark.gpu
+def test_a_measurement(device: torch.device) -> None:
+    results, (read, copy) = kernels.run([(1024, 1024)], [1, 8])
+    assert read > 1e11
+    assert copy > 1e11
+    assert {row.provider for row in results} == {"cuBLAS", "polar 5-bit", "tinygemm"}
+    assert all(row.microseconds for row in results)
+    x = torch.zeros(1 << 20, device=device)
+    assert 0 < time_calls([lambda: x.add_(1)], replays=5).microseconds < 1e4
