@@ -4,7 +4,7 @@ from model_patch.config import PolarQuantConfig
 from model_patch.errors import CheckpointError, ConfigError, OutputError, UnsupportedModelError
 from model_patch.hf import register
 from model_patch.load import load_model
-from model_patch.patch import PatchReport, patch_model
+from model_patch.patch import PatchReport, patch_model, set_activation
 from polar_kernels import PolarError
 from polar_kernels.version import __version__
 
@@ -20,6 +20,7 @@ __all__ = [
     "load_model",
     "patch_model",
     "register",
+    "set_activation",
 ]
 
 register()

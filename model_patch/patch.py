@@ -11,6 +11,7 @@ from model_patch.architectures import Kind, LayerPlan, check_model_type, role_of
 from model_patch.config import PolarQuantConfig
 from model_patch.errors import UnsupportedModelError
 from polar_kernels import PolarEmbedding, PolarError, PolarLinear, PolarModule, TiedPolarHead
+from polar_kernels.linear import Activation
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,13 @@ def patch_model(
     attach_quantizer(model, config.resolved(plan, awq=bool(scales)))
     after = sum(model.get_submodule(name).stored_bytes for name in plan.bits)
     return PatchReport(plan.bits, plan.kept, plan.tied_head, before, after)
+
+
+def set_activation(model: PreTrainedModel, activation: Activation) -> None:
+    """Set `PolarLinear.activation` of every quantised linear layer: "int8", the default, or "exact"."""
+    for module in model.modules():
+        if isinstance(module, PolarLinear):
+            module.activation = activation
 
 
 def plan_model(model: PreTrainedModel, config: PolarQuantConfig) -> LayerPlan:

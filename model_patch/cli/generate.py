@@ -7,8 +7,9 @@ import torch
 import typer
 from transformers import TextStreamer
 
-from model_patch.cli.options import AsJson, Device, DType, Folder, pick_device, pick_dtype, print_json
+from model_patch.cli.options import AsJson, Device, DType, Exact, Folder, pick_device, pick_dtype, print_json
 from model_patch.load import load_model, load_tokenizer
+from model_patch.patch import set_activation
 from polar_kernels.errors import ArgumentError
 
 
@@ -19,6 +20,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     device: Device = None,
     dtype: DType = None,
+    exact: Exact = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue PROMPT with the model in DIR; a line on stderr tells the speed."""
@@ -28,6 +30,7 @@ def generate(
     if not inputs.input_ids.numel():
         raise ArgumentError("the prompt has no tokens: give it at least a word")
     model = load_model(folder, device=target, dtype=pick_dtype(dtype, target))
+    set_activation(model, "exact" if exact else "int8")
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)
     start = time.perf_counter()

@@ -26,6 +26,9 @@ DType = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU by default."),
 ]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Keep activations in their dtype where a GPU would take them in int8.")
+]
 ShardSize = Annotated[str, typer.Option(help="Largest size of a shard.", callback=_check_shard_size)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from model_patch.cli.options import AsJson, Device, DType, Folder, pick_device, pick_dtype, print_json
+from model_patch.cli.options import AsJson, Device, DType, Exact, Folder, pick_device, pick_dtype, print_json
 from model_patch.evaluate import Evaluation, evaluate, tokenize_file
 from model_patch.load import load_model, load_tokenizer
+from model_patch.patch import set_activation
 from model_patch.progress import progress_bar
 
 
@@ -21,6 +22,7 @@ def ppl(
     against: Annotated[str | None, typer.Option(metavar="OTHER", help="A model to compare with.")] = None,
     device: Device = None,
     dtype: DType = None,
+    exact: Exact = False,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity of the checkpoint in DIR, quantised or plain, on a text.
@@ -32,6 +34,7 @@ def ppl(
     picked = pick_dtype(dtype, target)
     tokens = tokenize_file(load_tokenizer(folder), text)
     model = load_model(folder, device=target, dtype=picked)
+    set_activation(model, "exact" if exact else "int8")
     reference = None if against is None else load_model(against, device=target, dtype=picked)
     with progress_bar("score") as progress:
         result = evaluate(

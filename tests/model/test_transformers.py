@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from model_patch import (
     patch_model,
     register,
 )
-from polar_kernels import PolarModule, lloyd_max_levels
+from polar_kernels import PolarModule, lloyd_max_levels, published_levels
 
 UP = "model.layers.0.mlp.up_proj"
 QUERY = "model.layers.1.self_attn.q_proj"
@@ -156,6 +157,19 @@ def test_a_quantised_head_beside_a_plain_embedding_keeps_its_own_weight(zoo: Any
     assert torch.equal(zoo.logits("qwen3", loaded), zoo.logits("qwen3", model))
 
 
+@pytest.mark.parametrize("loader", ["load_model", "from_pretrained"])
+def test_levels_come_from_the_file_and_go_back_to_it(zoo: Any, loader: str, tmp_path: Path) -> None:
+    content = zoo.read(zoo.quantized("qwen3_tied"))
+    content.metadata["centroids"] = json.dumps({"5": published_levels(5).tolist()})
+    content.write(tmp_path / "in")
+    in_zoo = loader == "from_pretrained"
+    model = zoo.load("qwen3_tied", tmp_path / "in") if in_zoo else load_model(tmp_path / "in", device=zoo.device)
+    assert not torch.equal(published_levels(5), lloyd_max_levels(5))
+    assert all(torch.equal(module.centroids.cpu(), published_levels(5)) for module in polar_modules(model).values())
+    model.save_pretrained(tmp_path / "out")
+    assert zoo.read(tmp_path / "out").metadata == content.metadata
+
+
 # On the fly
 
 
@@ -242,7 +256,7 @@ def test_stored_tensors_keep_their_dtypes(
         assert module.centroids.dtype == torch.float32
         assert torch.equal(module.centroids.cpu(), lloyd_max_levels(5))
         for part in ("packed", "norms", "awq_scales"):
-            tensor = getattr(module, part)
+            tensor = getattr(module.polar_weight, part)
             assert (tensor is None) == (f"{name}.{part}" not in stored)
             assert tensor is None or (tensor.dtype, tensor.device.type) == (
                 stored[f"{name}.{part}"].dtype,
@@ -271,13 +285,13 @@ def test_casting_a_model_leaves_the_stored_tensors(zoo: Any, architecture: str, 
 def test_half_of_the_decoder_leaves_the_stored_tensors(zoo: Any) -> None:
     """`half` of a whole quantised model is refused by transformers; that of a part of it is not."""
     model = load_model(zoo.quantized("qwen3"), device=zoo.device, dtype=torch.float32)
-    before = {name: module.norms.clone() for name, module in polar_modules(model).items()}
+    before = {name: module.polar_weight.norms.clone() for name, module in polar_modules(model).items()}
     with pytest.raises(ValueError, match=r"half\(\)"):
         model.half()
     model.model.half()
     for name, module in polar_modules(model).items():
         assert module.centroids.dtype == torch.float32
-        assert torch.equal(module.norms, before[name])
+        assert torch.equal(module.polar_weight.norms, before[name])
     assert model.model.norm.weight.dtype == torch.float16
 
 
@@ -308,7 +322,7 @@ import sys
 import model_patch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-print(type(model.model.layers[0].mlp.up_proj).__name__, model.lm_head.packed.sum().item(), model.dtype)
+print(type(model.model.layers[0].mlp.up_proj).__name__, model.lm_head.polar_weight.packed.sum().item(), model.dtype)
 """
 
 
@@ -489,8 +503,6 @@ def _load_by(loader: str, zoo: Any, folder: Path) -> PreTrainedModel:
 
 
 def _matches_each(problems: list[str], patterns: list[str]) -> bool:
-    import re
-
     return len(problems) == len(patterns) and all(
         any(re.fullmatch(pattern, problem) for problem in problems) for pattern in patterns
     )
