@@ -50,6 +50,8 @@ class Polar(Provider):
     def __init__(self, mode: str) -> None:
         self.mode = mode
         self.max_error = 0.012 if mode == "int8" else 0.004
+        if mode == "exact":
+            self.max_rows = 64  # from there on it is far from being of use
 
     def bytes(self, rows: int, columns: int) -> int:
         return rows * (packed_size(columns, 5) + columns // 64)

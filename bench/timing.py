@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 L2_BYTES = 200_000_000  # weights in rotation at the least: more than three times the largest L2 in use
-_REPLAYS = 25
+_REPLAYS = 20
 
 
 @dataclass(frozen=True)

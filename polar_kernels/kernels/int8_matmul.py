@@ -162,7 +162,7 @@ def _scratch(thread, WARPS: tl.constexpr):
         return tl.inline_asm_elementwise(_SCRATCH_16, "=r,r", [thread], tl.int32, False, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _int8_matmul_kernel(
     tiles_ptr,
     norms_ptr,

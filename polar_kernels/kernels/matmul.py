@@ -17,7 +17,7 @@ from polar_kernels.kernels.blocks import BLOCK, load_codes, storable
 from polar_kernels.kernels.rotate import rotate
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _matmul_kernel(
     x_ptr,
     packed_ptr,
@@ -96,6 +96,6 @@ def matmul(
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             num_warps=4,
-            num_stages=2,
+            num_stages=1,  # more would send each table look-up through an asynchronous copy of four bytes
         )
     return out.to(dtype)
