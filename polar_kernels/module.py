@@ -90,6 +90,8 @@ class PolarModule(nn.Module):
         if self._wants_tiles():
             if self.tiles is None:
                 self.tiles, self.tile_norms = tile_weight(*self._stored())
+                # Reads the table on the CPU and so waits for the tiles: kernels that overlap with the one before them
+                # load both before they wait for it.
                 self.level_table = level_table(self.centroids)
                 self.packed = self.norms = None
         else:

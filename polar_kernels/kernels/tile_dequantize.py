@@ -110,7 +110,6 @@ def _tile_dequantize_kernel(
     q = lane % 4
     band = tl.program_id(1)
     block = tl.program_id(0) * WARPS + thread // 32
-    inside = block < blocks
     number = band * blocks + tl.minimum(block, blocks - 1)
     tile = _load_tile(tiles_ptr, number, lane)
     low = load_cached(table_ptr + 4 + thread * 0)
@@ -146,9 +145,10 @@ def _tile_dequantize_kernel(
             column = columns + 32 * s
             inverse = ()
             if HAS_SCALES:
-                for i in tl.static_range(8):
-                    scale = tl.load(scales_ptr + column + i, mask=inside & (column + i < K), other=1.0).to(tl.float32)
-                    inverse = inverse + (1.0 / scale,)
+                scales = load_cached(scales_ptr + tl.minimum(column, K - 8))  # columns beyond K are not stored
+                for i in tl.static_range(4):
+                    first, second = _halves(scales[i])
+                    inverse = inverse + (1.0 / first, 1.0 / second)
             for r in tl.static_range(2):
                 v = (
                     done[4 * r][2 * s],
@@ -175,6 +175,8 @@ def dequantize_tiles(
     rows, in_features = out.shape
     bands = triton.cdiv(rows, TILE_ROWS)
     blocks = tiles.shape[0] // bands
+    if awq_scales is not None and awq_scales.data_ptr() % 16:
+        awq_scales = awq_scales.clone()  # a slice of something; the kernel loads 16 bytes at a time
     _tile_dequantize_kernel[(triton.cdiv(blocks, _WARPS), bands)](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int64),
