@@ -5,6 +5,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -182,3 +183,7 @@ def _draw_roofline(result: Result, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":  # python -m polar_bench.report RESULTS DOCUMENT: the document again, without a GPU
+    document(sorted(Path(sys.argv[1]).glob("kernels-*.json")), Path(sys.argv[2]))

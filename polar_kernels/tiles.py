@@ -25,7 +25,7 @@ TILE_ROWS = 32
 TILE_BITS = 5  # the width this layout is for
 _PLANES, _LANES, _LANE_WORDS = 5, 32, 4
 TILE_WORDS = _PLANES * _LANES * _LANE_WORDS
-_CHUNK_TILES = 1 << 12  # rearranged at a time; bounds the temporaries
+_CHUNK_TILES = 1 << 9  # rearranged at a time; keeps the temporaries under 100 MB
 
 
 def tile_weight(packed: torch.Tensor, norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

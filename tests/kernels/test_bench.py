@@ -51,6 +51,14 @@ def test_files(result: report.Result, tmp_path: Path) -> None:
         assert (tmp_path / "results" / f"kernels-some-gpu-{kind}.png").stat().st_size > 1000
 
 
+def test_the_document_is_made_from_the_results(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "bench").symlink_to(root / "bench")
+    report.document(sorted((tmp_path / "bench" / "results").glob("*.json")), tmp_path / "docs" / "benchmarks.md")
+    assert (tmp_path / "docs" / "benchmarks.md").read_text() == (root / "docs" / "benchmarks.md").read_text()
+
+
 def test_shapes_fill_the_cache_in_turns() -> None:
     for rows, columns in kernels.SHAPES:
         nbytes = rows * columns * 5 // 8

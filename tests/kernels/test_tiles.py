@@ -131,7 +131,8 @@ def test_large_and_zero_activations(device: torch.device, tiled, relative_error)
     y = ops.tiled_linear(x, *tiles, None, 64)
     assert not y[0].any()
     exact = reference.linear(x.double(), *stored)
-    assert relative_error(y[1], exact[1]) < 2 * INT8_ERROR
+    # The worst case for one scale a block: equal values rotate into one large one beside small ones.
+    assert relative_error(y[1], exact[1]) < 4 * INT8_ERROR
 
 
 def test_gradients(device: torch.device, tiled, relative_error) -> None:
