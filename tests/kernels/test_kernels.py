@@ -89,7 +89,7 @@ def test_linear_of_many_rows(check_linear, rows: int, bits: int, dtype: torch.dt
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 16, 33, 128, 1000])
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 33, 128, 1000])
 @pytest.mark.parametrize("shape", QWEN_SHAPES)
 def test_linear_of_qwen(check_linear, shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
     check_linear(rows, shape, dtype)
