@@ -101,6 +101,8 @@ def _summary(
 ) -> Evaluation:
     everything = torch.cat(losses)
     mean, tokens = float(everything.mean()), len(everything)
+    if not math.isfinite(mean):
+        raise CheckpointError("model", f"its predictions have a mean loss of {mean}: NaN or infinity in the weights?")
     means = torch.stack([loss.mean() for loss in losses])
     spread = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else 0.0
     perplexity = math.exp(mean)

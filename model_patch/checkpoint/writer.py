@@ -118,6 +118,7 @@ def _save_shard(shard: Mapping[str, torch.Tensor], file: Path, metadata: dict[st
         save_file(dict(shard), file, metadata=metadata)
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OutputError(f"{file.name}: {error}") from error
+    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
 
 
 def sort_metadata(file: Path) -> None:

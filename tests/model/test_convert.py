@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from model_patch import CheckpointError, OutputError, load_model
 from model_patch.checkpoint.published import convert_checkpoint
 from model_patch.cli.convert import convert
+from model_patch.demo import MODEL
 from model_patch.patch import set_module
 from polar_kernels import (
     PolarEmbedding,
@@ -29,6 +30,7 @@ from polar_kernels import (
     lloyd_max_levels,
     published_levels,
     quantize_weight,
+    reference,
 )
 
 EMBEDDING = "model.embed_tokens"
@@ -599,16 +601,30 @@ def test_orders_too_close_to_call_are_refused(tmp_path, make_source) -> None:
     refused(source, tmp_path, [".packed", "too close to call"])
 
 
-def test_layers_the_format_keeps_are_refused(tmp_path) -> None:
-    shared = Path(__file__).parents[2].parent / "shared" / "models" / "docs-qwen3_5-tiny"
-    if not shared.is_dir():
-        pytest.skip(f"{shared} is absent")
-    with safe_open(shared / "model.safetensors", framework="pt") as file:
+def source_of_gates(*others: str) -> Source:
+    """The model of the demo with its GatedDeltaNet gates quantised, as some publishers do, and the layers `others`."""
+    with safe_open(MODEL / "model.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    name = next(name for name in tensors if name.endswith("in_proj_a.weight")).removesuffix(".weight")
-    weights = {name: quantize_weight(tensors.pop(f"{name}.weight").float())}
-    source = add_eoq(Source(tensors, json.loads((shared / "config.json").read_text()), weights), "lsb")
-    refused(source, tmp_path, [f"{name}.packed", "gates"])
+    names = [n.removesuffix(".weight") for n in tensors if n.endswith((".in_proj_a.weight", ".in_proj_b.weight"))]
+    weights = {name: quantize_weight(tensors.pop(f"{name}.weight").float()) for name in [*names, *others]}
+    return add_eoq(Source(tensors, json.loads((MODEL / "config.json").read_text()), weights), "lsb")
+
+
+def test_layers_the_format_keeps_become_plain(tmp_path) -> None:
+    source = source_of_gates("lm_head")
+    report = convert_checkpoint(source.write(tmp_path / "in"), tmp_path / "out")
+    assert report.layers == {"lm_head": 5}
+    assert any("6 layers were made plain" in warning and "gates" in warning for warning in report.warnings)
+    model = load_model(tmp_path / "out", device="cpu")
+    for name in source.weights.keys() - {"lm_head"}:
+        weight = source.weights[name]
+        parts = (weight.packed, weight.norms, weight.awq_scales, weight.centroids)
+        dense = reference.dequantize(*parts, weight.in_features, torch.bfloat16)
+        assert torch.equal(model.get_submodule(name).weight, dense)
+
+
+def test_a_source_of_kept_layers_alone_is_refused(tmp_path) -> None:
+    refused(source_of_gates(), tmp_path, ["in_proj_a", "gates"])
 
 
 @pytest.mark.parametrize("change", ["other codes", "plain embedding"])

@@ -1,4 +1,7 @@
-"""A published checkpoint rewritten in the format as a stream: codes are repacked, never dequantised."""
+"""A published checkpoint rewritten in the format as a stream: codes are repacked, not dequantised.
+
+Except in layers that the format leaves in their dtype, such as the GatedDeltaNet gates, which some publishers quantise.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,10 +11,10 @@ import torch
 
 from model_patch.checkpoint.package import DEFAULT_SHARD_SIZE, write_quantized
 from model_patch.checkpoint.published.decide import decide
-from model_patch.checkpoint.published.layout import Structure
-from model_patch.checkpoint.published.plan import ConversionPlan, plan_conversion
+from model_patch.checkpoint.published.layout import SCALES, PublishedLayer, Structure
+from model_patch.checkpoint.published.plan import DENSE_DTYPE, ConversionPlan, plan_conversion
 from model_patch.checkpoint.published.recognise import read_published
-from model_patch.checkpoint.published.values import read_norms, read_packed
+from model_patch.checkpoint.published.values import read_norms, read_packed, read_scales
 from model_patch.checkpoint.reader import Checkpoint, read_config
 from model_patch.checkpoint.strict import PARTS
 from model_patch.checkpoint.writer import check_output
@@ -19,6 +22,7 @@ from model_patch.config import METHOD
 from model_patch.errors import CheckpointError
 from model_patch.load import meta_model
 from model_patch.progress import Progress, no_progress
+from polar_kernels import ops
 from polar_kernels.packing import BitOrder
 
 
@@ -57,9 +61,10 @@ def convert_checkpoint(
     check_output(out, overwrite)
     _refuse_own_format(source)
     model, checkpoint = meta_model(source), Checkpoint.open(source)
-    published = read_published(checkpoint, Structure.of(model), bit_order)
+    structure = Structure.of(model)
+    published = read_published(checkpoint, structure, bit_order)
     decision = decide(checkpoint, published, bit_order)
-    plan, warnings = plan_conversion(model, checkpoint, published, decision)
+    plan, warnings = plan_conversion(model, checkpoint, published, structure, decision)
     warnings = decision.warnings + warnings
     warnings += write_quantized(
         source,
@@ -88,6 +93,8 @@ def _producer(plan: ConversionPlan, progress: Progress) -> Callable[[str], torch
     def produce(name: str) -> torch.Tensor:
         nonlocal done
         owner, _, part = name.rpartition(".")
+        if owner in plan.dense:
+            return _dequantized(plan, plan.dense[owner])
         layer = plan.layers.get(owner)
         if layer is None or part not in PARTS:
             return plan.source.read(name)
@@ -100,3 +107,10 @@ def _producer(plan: ConversionPlan, progress: Progress) -> Callable[[str], torch
         return read_packed(plan.source, layer, plan.decision.bit_order)
 
     return produce
+
+
+def _dequantized(plan: ConversionPlan, layer: PublishedLayer) -> torch.Tensor:
+    """The dense weight of a layer, [N, K]."""
+    packed, norms = read_packed(plan.source, layer, plan.decision.bit_order), read_norms(plan.source, layer)
+    scales = read_scales(plan.source, layer) if SCALES in layer.parts else None
+    return ops.dequantize(packed, norms, scales, plan.decision.tables[layer.bits], layer.columns, DENSE_DTYPE)

@@ -83,8 +83,8 @@ class Layout:
 class Structure:
     """What the model says about its layers, by canonical name.
 
-    shapes: of those the format quantises, a tied head included. kept: reason why another is left in its dtype.
-    tied_head, embedding: the pair that shares one weight, or None.
+    shapes: of all linear layers and embeddings, a tied head included. kept: those among them that the format leaves in
+    their dtype, with the reason. tied_head, embedding: the pair that shares one weight, or None.
     """
 
     shapes: dict[str, tuple[int, int]]
@@ -96,7 +96,7 @@ class Structure:
     def of(cls, model: nn.Module) -> "Structure":
         """The structure of an unpatched model; meta tensors do. Raises UnsupportedModelError."""
         plan = plan_model(model, PolarQuantConfig())
-        names = [*plan.bits, *([plan.tied_head] if plan.tied_head else [])]
+        names = [*plan.bits, *plan.kept, *([plan.tied_head] if plan.tied_head else [])]
         weights = {name: model.get_parameter(f"{name}.weight") for name in names}
         shapes = {canonical(name): (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
         embedding = names_of_kind(plan.bits, Kind.EMBEDDING)[0] if plan.tied_head else None
@@ -124,7 +124,7 @@ def place(source: Checkpoint, tensor: str) -> str:
 
 
 def group_problems(source: Checkpoint, layout: Layout, groups: Groups, structure: Structure) -> dict[str, list[str]]:
-    """Layer -> what forbids reading it: it is not the model's, not the format's, incomplete, or there twice."""
+    """Layer -> what forbids reading it: it is not the model's, incomplete, or there twice."""
     return {
         name: problems
         for name, parts in groups.items()
@@ -137,8 +137,6 @@ def _group_problems(
 ) -> list[str]:
     named = next(part for part in (*layout.required, *parts) if part in parts)  # the codes, if they are there
     first, short = place(source, parts[named]), canonical(name)
-    if short in structure.kept:
-        return [f"{first}: {name} is quantised, but the format leaves it in its dtype ({structure.kept[short]})"]
     if short not in structure.shapes:
         return [f"{first}: the model has no linear layer or embedding {name}"]
     spelled = {part: suffix for suffix, part in layout.suffixes.items()}
