@@ -47,7 +47,7 @@ def patch_model(
 
     The model then saves in the documented format with `save_pretrained`. Raises UnsupportedModelError for an
     architecture that is not known or when there is nothing to replace, ConfigError for patterns that match nothing,
-    QuantizationError naming the layer whose weight cannot be quantised.
+    QuantizationError naming the layer whose weight cannot be quantised; the layers before it are patched by then.
     """
     from model_patch.hf import attach_quantizer
 

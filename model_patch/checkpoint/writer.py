@@ -129,6 +129,8 @@ def sort_metadata(file: Path) -> None:
     with file.open("r+b") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
+        if "__metadata__" not in header:
+            return
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
         if len(text) != size:

@@ -2,13 +2,15 @@
 
 import torch
 
+from polar_kernels.hadamard import BLOCK_SIZE, padded_size
 from polar_kernels.kernels import dequantize, matmul
 from polar_kernels.kernels.int8_matmul import MAX_ROWS, int8_linear
 from polar_kernels.kernels.tile_dequantize import dequantize_tiles
-from polar_kernels.tiles import untile_weight
+from polar_kernels.tiles import TILE_ROWS, untile_weight
 
 # Rows of x from which one dequantisation and a dense product are faster than passes of the int8 kernel.
 _DENSE_ROWS = 2 * MAX_ROWS + 1
+_SCRATCH_BYTES = 32 << 20  # of dense weight that such a product holds at a time
 _STORE_COLUMNS = 8  # the one-shot kernel writes 16 bytes at a time
 
 
@@ -25,20 +27,45 @@ def tiled_linear(
     """x [M, K] contiguous times the transposed weight, plus bias: [M, N] in x's dtype.
 
     fp32 is multiplied exactly, by the kernel of the stored layout. fp16 and bf16 go through int8 activations; many
-    rows through a dense 16-bit weight, made for the call.
+    rows of them meet the weight in 16 bits, a part of it at a time.
     """
     if not x.shape[0] or not out_features:
         return x.new_empty(x.shape[0], out_features)
     if x.dtype == torch.float32:
         packed, norms = untile_weight(tiles, tile_norms, out_features)
         return matmul.linear(x, packed, norms, awq_scales, centroids, bias)
-    if x.shape[0] >= _DENSE_ROWS:
-        shape = (out_features, x.shape[1])
-        dense = tiled_dequantize(tiles, tile_norms, awq_scales, level_table, centroids, *shape, x.dtype)
-        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    if x.shape[0] >= _DENSE_ROWS and x.shape[1] % _STORE_COLUMNS == 0:
+        return _dense_linear(x, tiles, tile_norms, awq_scales, level_table, bias, out_features)
     parts = (tiles, tile_norms, awq_scales, level_table, bias, out_features)
     outs = [int8_linear(rows, *parts) for rows in x.split(MAX_ROWS)]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _dense_linear(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    tile_norms: torch.Tensor,
+    awq_scales: torch.Tensor | None,
+    level_table: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+) -> torch.Tensor:
+    """The product with the weight dequantised part by part into one small buffer: no copy of a large one exists whole."""
+    rows, in_features = x.shape
+    blocks = padded_size(in_features) // BLOCK_SIZE
+    bands = max(1, _SCRATCH_BYTES // (TILE_ROWS * in_features * x.dtype.itemsize))
+    scratch = x.new_empty(min(bands * TILE_ROWS, out_features), in_features)
+    out = x.new_empty(rows, out_features)
+    for first in range(0, out_features, bands * TILE_ROWS):
+        span = slice(first, min(first + bands * TILE_ROWS, out_features))
+        part = slice(first // TILE_ROWS * blocks, -(-span.stop // TILE_ROWS) * blocks)
+        dense = scratch[: span.stop - first]
+        dequantize_tiles(tiles[part], tile_norms[part], awq_scales, level_table, dense)
+        if bias is None:
+            torch.mm(x, dense.T, out=out[:, span])
+        else:
+            torch.addmm(bias[span].to(x.dtype), x, dense.T, out=out[:, span])
+    return out
 
 
 def tiled_dequantize(

@@ -13,6 +13,7 @@ from polar_kernels import (
     quantize_weight,
     reference,
 )
+from polar_kernels.kernels import tiled as kernels_tiled
 from polar_kernels.tiles import half_integer_levels, is_tileable, level_table, tile_weight, untile_weight
 
 SHAPES = [(1, 128), (32, 128), (37, 200), (64, 384), (257, 1152)]
@@ -83,6 +84,27 @@ def test_product(device: torch.device, tiled, relative_error, rows: int, dtype: 
     assert y.dtype == dtype
     assert y.shape == exact.shape
     assert not rows or relative_error(y, exact) < INT8_ERROR
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [64, 70, 200])
+def test_product_of_many_rows_in_parts(
+    device: torch.device, tiled, relative_error, rounding, monkeypatch: pytest.MonkeyPatch, rows: int, bias: bool
+) -> None:
+    """Parts of 64 rows of the weight. On a CPU the kernel that fills the buffer is stood in for."""
+    tiles, stored = tiled(rows, 384)
+
+    def fill(tiles, tile_norms, awq_scales, level_table, out) -> None:
+        parts = (*untile_weight(tiles, tile_norms, out.shape[0]), awq_scales, stored[3])
+        out.copy_(reference.dequantize(*parts, 384, out.dtype))
+
+    monkeypatch.setattr(kernels_tiled, "_SCRATCH_BYTES", 64 * 384 * 2)
+    if device.type == "cpu":
+        monkeypatch.setattr(kernels_tiled, "dequantize_tiles", fill)
+    x = torch.randn(150, 384, device=device).half()
+    offset = torch.randn(rows, device=device) if bias else None
+    y = kernels_tiled.tiled_linear(x, *tiles, offset, rows)
+    assert relative_error(y, reference.linear(x.double(), *stored, offset)) < rounding[torch.float16]
 
 
 @pytest.mark.parametrize("awq", [False, True])
