@@ -50,7 +50,7 @@ def _dense_linear(
     bias: torch.Tensor | None,
     out_features: int,
 ) -> torch.Tensor:
-    """The product with the weight dequantised part by part into one small buffer: no copy of a large one exists whole."""
+    """The product with the weight dequantised part by part into one buffer: no large one is ever there whole."""
     rows, in_features = x.shape
     blocks = padded_size(in_features) // BLOCK_SIZE
     bands = max(1, _SCRATCH_BYTES // (TILE_ROWS * in_features * x.dtype.itemsize))
