@@ -50,7 +50,7 @@ def quantize(
     bits_for: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN=BITS", help="Other bits for layers; repeatable, the last wins.")
     ] = None,
-    awq: Annotated[bool | None, typer.Option("--awq/--no-awq", help="Calibrate AWQ scales; the default but for absmax.")] = None,
+    awq: Annotated[bool | None, typer.Option("--awq/--no-awq", help="AWQ scales; the default but for absmax.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Text file; an excerpt of WikiText-2 by default.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to calibrate on.")] = CALIBRATION_WINDOWS,
     method: Annotated[Method, typer.Option(help="absmax writes the rounded baseline, in plain bf16.")] = Method.polar,
