@@ -37,6 +37,11 @@ def pack_codes(codes: torch.Tensor, bits: int, bit_order: BitOrder = "lsb") -> t
         raise ArgumentError(f"the last dimension must be a multiple of {_GROUP}, found {codes.shape[-1]}")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
         raise ArgumentError(f"codes must lie in 0..{(1 << bits) - 1}, found {int(codes.min())}..{int(codes.max())}")
+    return pack_valid_codes(codes, bits, bit_order)
+
+
+def pack_valid_codes(codes: torch.Tensor, bits: int, bit_order: BitOrder = "lsb") -> torch.Tensor:
+    """`pack_codes` without its look at the values, which waits for the GPU: for codes that cannot be wrong."""
     code_shifts, byte_shifts = _shifts(bits, bit_order, codes.device)
     if bits == 8:
         return codes.to(torch.uint8)

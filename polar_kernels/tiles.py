@@ -19,7 +19,7 @@ import torch
 
 from polar_kernels.errors import ArgumentError
 from polar_kernels.hadamard import BLOCK_SIZE
-from polar_kernels.packing import pack_codes, unpack_codes
+from polar_kernels.packing import pack_valid_codes, unpack_codes
 
 TILE_ROWS = 32
 TILE_BITS = 5  # the width this layout is for
@@ -55,7 +55,7 @@ def untile_weight(
     step = max(1, _CHUNK_TILES // max(1, blocks))
     for band in range(0, bands, step):
         codes = _untile_codes(tiles[band * blocks : (band + step) * blocks], blocks)
-        packed[band * TILE_ROWS : (band + step) * TILE_ROWS] = pack_codes(codes, TILE_BITS)
+        packed[band * TILE_ROWS : (band + step) * TILE_ROWS] = pack_valid_codes(codes, TILE_BITS)
     norms = tile_norms.view(bands, blocks, 8, _LANE_WORDS).permute(0, 3, 2, 1).reshape(bands * TILE_ROWS, blocks)
     return packed[:out_features].contiguous(), norms[:out_features].contiguous()
 

@@ -54,6 +54,13 @@ def test_tiling_in_steps_changes_nothing(device: torch.device, monkeypatch: pyte
     assert torch.equal(untile_weight(*whole, 200)[0], packed)
 
 
+def test_neither_way_looks_at_values() -> None:
+    """As it must not where a CUDA graph is captured; a meta tensor has none to look at."""
+    packed = torch.empty(70, 240, dtype=torch.uint8, device="meta")
+    tiles = tile_weight(packed, torch.empty(70, 3, dtype=torch.float16, device="meta"))
+    assert [tensor.shape for tensor in untile_weight(*tiles, 70)] == [(70, 240), (70, 3)]
+
+
 def test_half_integers_are_close_to_the_levels() -> None:
     positive = lloyd_max_levels(5)[16:]
     steps, delta = half_integer_levels(positive)
