@@ -11,7 +11,7 @@ from model_patch.architectures import Kind, LayerPlan, check_model_type, role_of
 from model_patch.config import PolarQuantConfig
 from model_patch.errors import UnsupportedModelError
 from polar_kernels import PolarEmbedding, PolarError, PolarLinear, PolarModule, TiedPolarHead
-from polar_kernels.linear import Activation
+from polar_kernels.module import Activation
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def patch_model(
 
 
 def set_activation(model: PreTrainedModel, activation: Activation) -> None:
-    """Set `PolarLinear.activation` of every quantised linear layer: "int8", the default, or "exact"."""
+    """Set `activation` of every quantised layer: "int8", the default, or "exact"."""
     for module in model.modules():
-        if isinstance(module, PolarLinear):
+        if isinstance(module, PolarModule):
             module.activation = activation
 
 

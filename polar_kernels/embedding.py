@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from polar_kernels import ops
-from polar_kernels.module import PolarModule, cast_for_autocast
+from polar_kernels.module import PolarModule
 from polar_kernels.quantize import quantize_weight
 from polar_kernels.weight import PolarWeight
 
@@ -30,6 +30,7 @@ class PolarEmbedding(PolarModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         """An all-zero table to load a state dict into. `padding_idx` is kept for callers; it has no effect."""
+        self._serves_head = False
         super().__init__(num_embeddings, embedding_dim, bits, awq, device)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         # Carries the output dtype, since no stored tensor has it.
@@ -58,12 +59,22 @@ class PolarEmbedding(PolarModule):
     def dtype(self) -> torch.dtype:
         return self._output.dtype
 
+    def serve_head(self) -> None:
+        """Expect to be multiplied by as well: on a GPU that has tile layout, take it."""
+        self._serves_head = True
+        self.settle()
+
+    def _multiplies(self) -> bool:
+        return self._serves_head
+
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """W_hat [num_embeddings, embedding_dim], a new tensor."""
-        dtype = dtype or self.dtype
-        return ops.dequantize(self.packed, self.norms, self.awq_scales, self.centroids, self.embedding_dim, dtype)
+        return self._dense(dtype or self.dtype)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.tiles is not None:
+            parts = (self.tiles, self.tile_norms, self.awq_scales, self.level_table, self.centroids)
+            return ops.tiled_embedding(ids, *parts, self.num_embeddings, self.embedding_dim, self.dtype)
         return ops.embedding(
             ids, self.packed, self.norms, self.awq_scales, self.centroids, self.embedding_dim, self.dtype
         )
@@ -82,11 +93,11 @@ class TiedPolarHead(nn.Module):
     def __init__(self, embedding: PolarEmbedding) -> None:
         super().__init__()
         self._shared = (embedding,)  # in a tuple, so that it is not registered as a child a second time
+        embedding.serve_head()
 
     @property
     def embedding(self) -> PolarEmbedding:
         return self._shared[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shared = self._shared[0]
-        return ops.linear(cast_for_autocast(x), shared.packed, shared.norms, shared.awq_scales, shared.centroids, None)
+        return self.embedding._multiply(x, None)

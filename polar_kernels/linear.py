@@ -1,18 +1,11 @@
 """PolarLinear: `nn.Linear` served from its quantised weight."""
 
-from typing import Literal
-
 import torch
 from torch import nn
 
-from polar_kernels import ops
-from polar_kernels.errors import ArgumentError
-from polar_kernels.module import PolarModule, cast_for_autocast
+from polar_kernels.module import PolarModule
 from polar_kernels.quantize import quantize_weight
-from polar_kernels.tiles import is_tileable
 from polar_kernels.weight import PolarWeight
-
-Activation = Literal["int8", "exact"]
 
 
 class PolarLinear(PolarModule):
@@ -36,7 +29,6 @@ class PolarLinear(PolarModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         """An all-zero layer to load a state dict into. `awq` says whether it has awq_scales; `dtype` is the bias's."""
-        self._activation: Activation = "int8"
         super().__init__(out_features, in_features, bits, awq, device)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
@@ -63,39 +55,12 @@ class PolarLinear(PolarModule):
         weight = quantize_weight(linear.weight.detach(), bits, awq_scales=awq_scales, centroids=centroids)
         return cls.from_weight(weight, linear.bias).train(linear.training)
 
-    @property
-    def activation(self) -> Activation:
-        """`int8`: on GPUs that have the kernel for it, fp16 and bf16 inputs are rounded to int8 after the rotation, one
-        scale a 128-block. `exact`: they keep their dtype. Assigning takes effect at once."""
-        return self._activation
-
-    @activation.setter
-    def activation(self, activation: Activation) -> None:
-        if activation not in ("int8", "exact"):
-            raise ArgumentError(f"activation must be 'int8' or 'exact', found {activation!r}")
-        self._activation = activation
-        self.settle()
-
-    def _wants_tiles(self) -> bool:
-        if self.centroids.device.type != "cuda" or self._activation != "int8":
-            return False
-        from polar_kernels.kernels.tiled import supports
-
-        return supports(self.centroids.device) and (self.tiles is not None or is_tileable(self.centroids))
-
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """W_hat [out_features, in_features], a new tensor."""
-        if self.tiles is not None:
-            parts = (self.tiles, self.tile_norms, self.awq_scales, self.level_table, self.centroids)
-            return ops.tiled_dequantize(*parts, self.out_features, self.in_features, dtype)
-        return ops.dequantize(self.packed, self.norms, self.awq_scales, self.centroids, self.in_features, dtype)
+        return self._dense(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = cast_for_autocast(x)
-        if self.tiles is not None:
-            parts = (self.tiles, self.tile_norms, self.awq_scales, self.level_table, self.centroids)
-            return ops.tiled_linear(x, *parts, self.bias, self.out_features)
-        return ops.linear(x, self.packed, self.norms, self.awq_scales, self.centroids, self.bias)
+        return self._multiply(x, self.bias)
 
     def extra_repr(self) -> str:
         return (

@@ -1,17 +1,20 @@
 """What the layers share: the stored weight as buffers, whose dtypes survive `.to()`, and no bf16 weight."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from polar_kernels import ops
 from polar_kernels.codebook import bits_of, lloyd_max_levels
-from polar_kernels.errors import PolarError
+from polar_kernels.errors import ArgumentError, PolarError
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
 from polar_kernels.packing import packed_size
-from polar_kernels.tiles import level_table, tile_weight, untile_weight
+from polar_kernels.tiles import is_tileable, level_table, tile_weight, untile_weight
 from polar_kernels.weight import PolarWeight
+
+Activation = Literal["int8", "exact"]
 
 # Bit patterns and scales, whose dtypes a model's `.to(bfloat16)` must not touch.
 _STORED = ("packed", "norms", "awq_scales", "centroids")
@@ -41,6 +44,7 @@ class PolarModule(nn.Module):
 
     def __init__(self, rows: int, columns: int, bits: int, awq: bool, device: torch.device | str | None) -> None:
         super().__init__()
+        self._activation: Activation = "int8"
         self._rows, self._columns = rows, columns
         blocks = padded_size(columns) // BLOCK_SIZE
         size = packed_size(blocks * BLOCK_SIZE, bits)
@@ -81,9 +85,45 @@ class PolarModule(nn.Module):
         assert self.norms is not None
         return self.packed, self.norms
 
+    @property
+    def activation(self) -> Activation:
+        """`int8`: on GPUs that have the kernel for it, fp16 and bf16 inputs are rounded to int8 after the rotation, one
+        scale a 128-block. `exact`: they keep their dtype. Assigning takes effect at once."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, activation: Activation) -> None:
+        if activation not in ("int8", "exact"):
+            raise ArgumentError(f"activation must be 'int8' or 'exact', found {activation!r}")
+        self._activation = activation
+        self.settle()
+
+    def _multiplies(self) -> bool:
+        """Whether activations are multiplied by this weight, so that tile layout is of use."""
+        return True
+
     def _wants_tiles(self) -> bool:
         """Whether the device this weight is on would rather have it in tile layout."""
-        return False
+        if self.centroids.device.type != "cuda" or self._activation != "int8" or not self._multiplies():
+            return False
+        from polar_kernels.kernels.tiled import supports
+
+        return supports(self.centroids.device) and (self.tiles is not None or is_tileable(self.centroids))
+
+    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [..., columns] times the transposed weight, plus bias: [..., rows] in x's dtype, under autocast in its."""
+        x = cast_for_autocast(x)
+        if self.tiles is not None:
+            parts = (self.tiles, self.tile_norms, self.awq_scales, self.level_table, self.centroids)
+            return ops.tiled_linear(x, *parts, bias, self._rows)
+        return ops.linear(x, self.packed, self.norms, self.awq_scales, self.centroids, bias)
+
+    def _dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight W_hat [rows, columns], a new tensor."""
+        if self.tiles is not None:
+            parts = (self.tiles, self.tile_norms, self.awq_scales, self.level_table, self.centroids)
+            return ops.tiled_dequantize(*parts, self._rows, self._columns, dtype)
+        return ops.dequantize(self.packed, self.norms, self.awq_scales, self.centroids, self._columns, dtype)
 
     def settle(self) -> None:
         """Bring the weight into the layout that the device it is on multiplies from. Call after writing the buffers."""

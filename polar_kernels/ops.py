@@ -8,6 +8,7 @@
 | embedding | reference.embedding | kernels.dequantize |
 | tiled_linear | reference.linear | kernels.tiled: int8_matmul for few rows, dense for many |
 | tiled_dequantize | reference.dequantize | kernels.tiled |
+| tiled_embedding | reference.dequantize | kernels.dequantize |
 
 The tiled operators take a weight in the GPU's layout (`tiles.py`), the others the stored one.
 
@@ -23,7 +24,7 @@ import torch
 from polar_kernels import reference
 from polar_kernels.errors import ArgumentError
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
-from polar_kernels.tiles import TILE_BITS, TILE_ROWS, TILE_WORDS, untile_weight
+from polar_kernels.tiles import TILE_BITS, TILE_ROWS, TILE_WORDS, untile_rows, untile_weight
 from polar_kernels.weight import check_weight, expect
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -38,6 +39,9 @@ _library.define(f"embedding(Tensor ids, {_WEIGHT}, int embedding_dim, ScalarType
 _TILED = "Tensor tiles, Tensor tile_norms, Tensor? awq_scales, Tensor level_table, Tensor centroids"
 _library.define(f"tiled_linear(Tensor x, {_TILED}, Tensor? bias, int out_features) -> Tensor")
 _library.define(f"tiled_dequantize({_TILED}, int out_features, int in_features, ScalarType dtype) -> Tensor")
+_library.define(
+    f"tiled_embedding(Tensor ids, {_TILED}, int out_features, int embedding_dim, ScalarType dtype) -> Tensor"
+)
 
 
 def _check_float(name: str, dtype: torch.dtype) -> None:
@@ -100,10 +104,14 @@ def _check_embedding(
     embedding_dim: int,
     dtype: torch.dtype,
 ) -> None:
+    _check_dequantize(packed, norms, awq_scales, centroids, embedding_dim, dtype)
+    _check_ids(ids, packed.device)
+
+
+def _check_ids(ids: torch.Tensor, device: torch.device) -> None:
     if ids.dtype not in (torch.int32, torch.int64):
         raise ArgumentError(f"ids must be int32 or int64, found {ids.dtype}")
-    _check_dequantize(packed, norms, awq_scales, centroids, embedding_dim, dtype)
-    _check_device("ids", ids, packed.device)
+    _check_device("ids", ids, device)
 
 
 def _check_tiles(
@@ -139,6 +147,46 @@ def _check_tiled_linear(x, tiles, tile_norms, awq_scales, level_table, centroids
 def _check_tiled_dequantize(tiles, tile_norms, awq_scales, level_table, centroids, out_features, in_features, dtype):
     _check_float("dtype", dtype)
     _check_tiles(tiles, tile_norms, awq_scales, level_table, centroids, out_features, in_features)
+
+
+def _check_tiled_embedding(
+    ids, tiles, tile_norms, awq_scales, level_table, centroids, out_features, embedding_dim, dtype
+):
+    _check_tiled_dequantize(tiles, tile_norms, awq_scales, level_table, centroids, out_features, embedding_dim, dtype)
+    _check_ids(ids, tiles.device)
+
+
+def _tiled_embedding_cpu(
+    ids, tiles, tile_norms, awq_scales, level_table, centroids, out_features, embedding_dim, dtype
+):
+    flat = ids.reshape(-1).long()
+    if not flat.numel():
+        return torch.empty(*ids.shape, embedding_dim, dtype=dtype)
+    if int(flat.min()) < 0 or int(flat.max()) >= out_features:
+        raise IndexError(f"an id of {int(flat.min())}..{int(flat.max())} is outside the table of {out_features} rows")
+    packed, norms = untile_rows(tiles, tile_norms, flat, out_features)
+    rows = reference.dequantize(packed, norms, awq_scales, centroids, embedding_dim, dtype)
+    return rows.view(*ids.shape, embedding_dim)
+
+
+def _tiled_embedding_cuda(
+    ids, tiles, tile_norms, awq_scales, level_table, centroids, out_features, embedding_dim, dtype
+):
+    from polar_kernels.kernels.dequantize import dequantize_rows
+
+    flat = ids.reshape(-1).long()
+    if not flat.numel():
+        return tiles.new_empty(*ids.shape, embedding_dim, dtype=dtype)
+    known = (flat >= 0) & (flat < out_features)
+    packed, norms = untile_rows(tiles, tile_norms, flat.clamp(0, out_features - 1), out_features)
+    rows = dequantize_rows(None, packed, norms.contiguous(), awq_scales, centroids, embedding_dim, dtype)
+    return rows.masked_fill_(~known[:, None], torch.nan).view(*ids.shape, embedding_dim)
+
+
+def _tiled_embedding_fake(
+    ids, tiles, tile_norms, awq_scales, level_table, centroids, out_features, embedding_dim, dtype
+):
+    return tiles.new_empty(*ids.shape, embedding_dim, dtype=dtype)
 
 
 def _tiled_linear_cpu(x, tiles, tile_norms, awq_scales, level_table, centroids, bias, out_features):
@@ -249,6 +297,7 @@ _register(
     _tiled_dequantize_cuda,
     _tiled_dequantize_fake,
 )
+_register("tiled_embedding", _check_tiled_embedding, _tiled_embedding_cpu, _tiled_embedding_cuda, _tiled_embedding_fake)
 
 linear = torch.ops.polar.linear.default
 rotate = torch.ops.polar.rotate.default
@@ -256,6 +305,7 @@ dequantize = torch.ops.polar.dequantize.default
 embedding = torch.ops.polar.embedding.default
 tiled_linear = torch.ops.polar.tiled_linear.default
 tiled_dequantize = torch.ops.polar.tiled_dequantize.default
+tiled_embedding = torch.ops.polar.tiled_embedding.default
 
 
 def _linear_setup(ctx, inputs, output):

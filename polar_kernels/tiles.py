@@ -60,6 +60,24 @@ def untile_weight(
     return packed[:out_features].contiguous(), norms[:out_features].contiguous()
 
 
+def untile_rows(
+    tiles: torch.Tensor, tile_norms: torch.Tensor, rows: torch.Tensor, out_features: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [R] int64, each in 0..N-1, in their stored form: packed uint8 [R, Kp * 5 / 8], norms fp16 [R, Kp / 128]."""
+    bands, count = -(-out_features // TILE_ROWS), len(rows)
+    blocks = tiles.shape[0] // bands
+    band, inside = rows // TILE_ROWS, rows % TILE_ROWS
+    half, row_half, g = inside // 16, inside // 8 % 2, inside % 8
+    norms = tile_norms.view(bands, blocks, 8, _LANE_WORDS)[band, :, g, 2 * half + row_half]
+    lanes = tiles.view(bands, blocks, _PLANES, 8, 4, _LANE_WORDS)[band, :, :, g]  # [R, block, plane, q, word]
+    own = torch.arange(count, device=rows.device)
+    words = lanes[:, :, :4].reshape(count, blocks, 2, 2, 4, 2, 2)  # row block h s1 q s0 r
+    words = words[own, :, half, :, :, :, row_half].permute(0, 1, 2, 4, 3).reshape(count, blocks, 4, 4)
+    signs = lanes[:, :, 4][own, :, :, 2 * half + row_half]  # [R, block, q]
+    codes = _codes(words[..., None, None], signs[:, :, None, :, None, None])
+    return pack_valid_codes(codes.reshape(count, blocks * BLOCK_SIZE), TILE_BITS), norms
+
+
 def _pad_rows(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % TILE_ROWS))
 
@@ -87,12 +105,16 @@ def _untile_codes(tiles: torch.Tensor, blocks: int) -> torch.Tensor:
     bands = planes.shape[0]
     words = planes[:, :, :4].reshape(bands, blocks, 2, 2, 8, 4, 2, 2)  # band block h s1 g q s0 r
     words = words.permute(0, 2, 7, 4, 1, 3, 6, 5).reshape(bands, 2, 2, 8, blocks, 4, 4)[..., None, None]
-    shifts = 4 * torch.arange(8, device=tiles.device, dtype=torch.int32).view(2, 4)
-    magnitude = (words >> shifts) & 15
     signs = planes[:, :, 4].reshape(bands, blocks, 8, 4, 2, 2).permute(0, 4, 5, 2, 1, 3)  # band h r g block q
-    negative = (signs[:, :, :, :, :, None, :, None, None] >> _sign_shifts(tiles.device)) & 1
-    codes = torch.where(negative == 1, 15 - magnitude, magnitude + 16)
-    return codes.to(torch.uint8).reshape(bands * TILE_ROWS, blocks * BLOCK_SIZE)
+    codes = _codes(words, signs[:, :, :, :, :, None, :, None, None])
+    return codes.reshape(bands * TILE_ROWS, blocks * BLOCK_SIZE)
+
+
+def _codes(words: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., s, q, r, i] of magnitude words [..., s, q, 1, 1] and sign words [..., 1, q, 1, 1]."""
+    magnitude = (words >> (4 * torch.arange(8, device=words.device, dtype=torch.int32).view(2, 4))) & 15
+    negative = (signs >> _sign_shifts(words.device)) & 1
+    return torch.where(negative == 1, 15 - magnitude, magnitude + 16).to(torch.uint8)
 
 
 def _axes(codes: torch.Tensor) -> tuple[int, ...]:

@@ -5,7 +5,9 @@ import torch
 
 from polar_kernels import (
     ArgumentError,
+    PolarEmbedding,
     PolarLinear,
+    TiedPolarHead,
     lloyd_max_levels,
     ops,
     pack_codes,
@@ -14,7 +16,7 @@ from polar_kernels import (
     reference,
 )
 from polar_kernels.kernels import tiled as kernels_tiled
-from polar_kernels.tiles import half_integer_levels, is_tileable, level_table, tile_weight, untile_weight
+from polar_kernels.tiles import half_integer_levels, is_tileable, level_table, tile_weight, untile_rows, untile_weight
 
 SHAPES = [(1, 128), (32, 128), (37, 200), (64, 384), (257, 1152)]
 QWEN_SHAPES = [(12288, 4096), (4096, 12288), (1024, 4096)]
@@ -52,6 +54,40 @@ def test_tiling_in_steps_changes_nothing(device: torch.device, monkeypatch: pyte
     monkeypatch.setattr("polar_kernels.tiles._CHUNK_TILES", 3)
     assert all(torch.equal(a, b) for a, b in zip(whole, tile_weight(packed, norms), strict=True))
     assert torch.equal(untile_weight(*whole, 200)[0], packed)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_of_tiles(device: torch.device, shape: tuple[int, int]) -> None:
+    rows, blocks = shape[0], -(-shape[1] // 128)
+    packed = pack_codes(torch.randint(0, 32, (rows, blocks * 128), device=device), 5)
+    norms = torch.rand(rows, blocks, device=device).half()
+    wanted = torch.randint(0, rows, (40,), device=device)
+    found = untile_rows(*tile_weight(packed, norms), wanted, rows)
+    assert torch.equal(found[0], packed[wanted])
+    assert torch.equal(found[1], norms[wanted])
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("lead", [(), (7,), (2, 3), (0,)])
+def test_lookup(device, tiled, relative_error, rounding, lead: tuple[int, ...], ids_dtype: torch.dtype) -> None:
+    tiles, stored = tiled(70, 200)
+    ids = torch.randint(0, 70, lead, device=device, dtype=ids_dtype)
+    rows = ops.tiled_embedding(ids, *tiles, 70, 200, torch.float16)
+    assert rows.shape == (*lead, 200)
+    exact = reference.embedding(ids.long(), *stored, 200, torch.float64)
+    assert not ids.numel() or relative_error(rows, exact) < rounding[torch.float16]
+
+
+@pytest.mark.parametrize("wrong", [-1, 70])
+def test_lookup_outside_the_table(device: torch.device, tiled, wrong: int) -> None:
+    tiles, _ = tiled(70, 200)
+    ids = torch.tensor([3, wrong, 69], device=device)
+    if device.type == "cpu":
+        with pytest.raises(IndexError, match="outside the table of 70 rows"):
+            ops.tiled_embedding(ids, *tiles, 70, 200, torch.float16)
+    else:
+        rows = ops.tiled_embedding(ids, *tiles, 70, 200, torch.float16)
+        assert rows.isnan().all(-1).tolist() == [False, True, False]
 
 
 def test_neither_way_looks_at_values() -> None:
@@ -175,14 +211,17 @@ def test_gradients(device: torch.device, tiled, relative_error) -> None:
     assert torch.allclose(offset.grad, grad.sum(0))
 
 
-@pytest.mark.parametrize("op", ["linear", "dequantize"])
+@pytest.mark.parametrize("op", ["linear", "dequantize", "embedding"])
 def test_opcheck(device: torch.device, tiled, op: str) -> None:
     tiles, _ = tiled(37, 200)
     if op == "linear":
         args = (torch.randn(4, 200, device=device).half(), *tiles, None, 37)
         torch.library.opcheck(ops.tiled_linear, args)
-    else:
+    elif op == "dequantize":
         torch.library.opcheck(ops.tiled_dequantize, (*tiles, 37, 200, torch.bfloat16))
+    else:
+        ids = torch.tensor([[3, 36]], device=device)
+        torch.library.opcheck(ops.tiled_embedding, (ids, *tiles, 37, 200, torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", ["tiles", "tile_norms", "level_table", "centroids", "x", "bias"])
@@ -210,6 +249,18 @@ def test_layer_on_a_gpu_keeps_one_copy(device: torch.device) -> None:
     layer.cpu()
     assert layer.tiles is None
     assert torch.equal(layer.packed, stored["packed"])
+
+
+@pytest.mark.gpu
+def test_an_embedding_takes_tiles_once_a_head_is_tied_to_it(device: torch.device, relative_error) -> None:
+    embedding = PolarEmbedding.from_embedding(torch.nn.Embedding(70, 256, device=device))
+    ids, x = torch.tensor([0, 33, 69], device=device), torch.randn(2, 256, device=device)
+    rows = embedding(ids)
+    assert embedding.tiles is None
+    head = TiedPolarHead(embedding)
+    assert embedding.tiles is not None
+    assert torch.equal(embedding(ids), rows)
+    assert relative_error(head(x), x @ embedding.dequantize().T) < 1e-5
 
 
 @pytest.mark.gpu
