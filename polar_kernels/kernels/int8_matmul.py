@@ -14,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from polar_kernels.kernels.ptx import as_float, load_cached, load_stream, mma_s8, wait_for_previous_kernel
+from polar_kernels.kernels.ptx import as_float, load_cached, mma_s8, wait_for_previous_kernel
 from polar_kernels.kernels.quantize_activation import quantize_activation
-from polar_kernels.tiles import TILE_ROWS, TILE_WORDS
+from polar_kernels.kernels.tile_access import load_tile, norm_of
+from polar_kernels.tiles import TILE_ROWS
 
 
 def _decode(group: int) -> str:
@@ -113,23 +114,6 @@ def _multiply_half_tile(a, x0, x1):
 
 
 @triton.jit
-def _load_tile(tiles_ptr, tile, lane):
-    plane = tiles_ptr + tile.to(tl.int64) * 640 + lane * 4
-    return (
-        load_stream(plane),
-        load_stream(plane + 128),
-        load_stream(plane + 256),
-        load_stream(plane + 384),
-        load_stream(plane + 512),
-    )
-
-
-@triton.jit
-def _norm(word, shift: tl.constexpr):
-    return ((word >> shift) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
 def _sum_warps(sums, group: tl.constexpr, thread, scratch, WARPS: tl.constexpr):
     values = [
         sums[8 * group],
@@ -184,7 +168,7 @@ def _int8_matmul_kernel(
     warp = thread // 32
     g = lane // 4
     first = tl.program_id(0) * blocks
-    tile = _load_tile(tiles_ptr, first + tl.minimum(warp, blocks - 1), lane)
+    tile = load_tile(tiles_ptr, first + tl.minimum(warp, blocks - 1), lane)
     table = load_cached(table_ptr + thread * 0)
     # Everything above was there before; x and meta come from the kernel before this one.
     q = lane % 4 + wait_for_previous_kernel(thread)
@@ -197,12 +181,12 @@ def _int8_matmul_kernel(
         block = tl.minimum(block, blocks - 1)
         upper = _decode_half_tile(tile[0], tile[1], tile[4][0], tile[4][1], table)
         lower = _decode_half_tile(tile[2], tile[3], tile[4][2], tile[4][3], table)
-        tile = _load_tile(tiles_ptr, first + tl.minimum(block + WARPS, blocks - 1), lane)
+        tile = load_tile(tiles_ptr, first + tl.minimum(block + WARPS, blocks - 1), lane)
         norms = tl.load(norms_ptr + (first + block).to(tl.int64) * 8 + g, mask=inside, other=0)
-        n0 = _norm(norms, 0)
-        n1 = _norm(norms, 16)
-        n2 = _norm(norms, 32)
-        n3 = _norm(norms, 48)
+        n0 = norm_of(norms, 0)
+        n1 = norm_of(norms, 16)
+        n2 = norm_of(norms, 32)
+        n3 = norm_of(norms, 48)
         added = ()
         for group in tl.static_range(GROUPS):
             words = x_ptr + ((group * 8 + g).to(tl.int64) * blocks + block) * 32 + q * 8
@@ -292,6 +276,3 @@ def _choose_warps(bands: int, groups: int) -> int:
     if bands >= 4096:
         return 4
     return 16 if bands <= 64 * groups else 8
-
-
-assert TILE_WORDS == 640  # _load_tile's strides

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from polar_kernels.kernels.int8_matmul import _load_tile, _norm
 from polar_kernels.kernels.ptx import load_cached, mma_f16, pack_halves, store_four
+from polar_kernels.kernels.tile_access import load_tile, norm_of
 from polar_kernels.tiles import TILE_ROWS
 
 _WARPS = 4
@@ -111,7 +111,7 @@ def _tile_dequantize_kernel(
     band = tl.program_id(1)
     block = tl.program_id(0) * WARPS + thread // 32
     number = band * blocks + tl.minimum(block, blocks - 1)
-    tile = _load_tile(tiles_ptr, number, lane)
+    tile = load_tile(tiles_ptr, number, lane)
     low = load_cached(table_ptr + 4 + thread * 0)
     high = load_cached(table_ptr + 8 + thread * 0)
     norms = tl.load(norms_ptr + number.to(tl.int64) * 8 + g)
@@ -160,7 +160,7 @@ def _tile_dequantize_kernel(
                     done[4 * r + 2][2 * s + 1],
                     done[4 * r + 3][2 * s + 1],
                 )
-                norm = _norm(norms, 32 * half + 16 * r) * 0.0078125
+                norm = norm_of(norms, 32 * half + 16 * r) * 0.0078125
                 _store_row(out_ptr, first_row + 8 * r, column, v, norm, N, K, inverse, HAS_SCALES)
 
 
