@@ -11,18 +11,22 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
-def load_codes(packed_ptr, rows, row_mask, block, row_bytes, BITS: tl.constexpr):
-    """Codes [rows, 128] int32 of one block column; rows int64. Masked rows read as code 0.
+def load_levels(packed_ptr, centroids_ptr, row, known, block, row_bytes, BITS: tl.constexpr, ROWS: tl.constexpr):
+    """Levels [ROWS, 128] fp32 of one block column.
 
+    row, known: int64 and bool [ROWS * 128], the row of each element and whether it is there; others read as code 0.
     A code lies in one byte or straddles two; the second is read only where it does, so no read leaves the row.
+    Elements are numbered through in one dimension because Triton, which cannot see that neighbouring codes lie side by
+    side, then still gives them to neighbouring threads; of two dimensions it may pick the rows, and read each byte of
+    an instruction from another one.
     """
-    bit = (block * BLOCK + tl.arange(0, BLOCK)) * BITS
-    pointers = packed_ptr + rows[:, None] * row_bytes + (bit // 8)[None, :]
-    word = tl.load(pointers, mask=row_mask[:, None], other=0).to(tl.int32)
+    bit = (block * BLOCK + tl.arange(0, ROWS * BLOCK) % BLOCK) * BITS
+    pointers = packed_ptr + row * row_bytes + bit // 8
+    word = tl.load(pointers, mask=known, other=0).to(tl.int32)
     if 8 % BITS != 0:
-        straddles = (bit % 8 + BITS > 8)[None, :] & row_mask[:, None]
-        word |= tl.load(pointers + 1, mask=straddles, other=0).to(tl.int32) << 8
-    return (word >> (bit % 8)[None, :]) & ((1 << BITS) - 1)
+        word |= tl.load(pointers + 1, mask=known & (bit % 8 + BITS > 8), other=0).to(tl.int32) << 8
+    codes = (word >> (bit % 8)) & ((1 << BITS) - 1)
+    return tl.reshape(tl.load(centroids_ptr + codes), (ROWS, BLOCK))
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from polar_kernels.codebook import bits_of
-from polar_kernels.kernels.blocks import BLOCK, butterflies, load_codes, storable
+from polar_kernels.kernels.blocks import BLOCK, butterflies, load_levels, storable
 
 _ROWS_PER_PROGRAM = 16
 
@@ -30,11 +30,15 @@ def _dequantize_kernel(
 ):
     block = tl.program_id(1)
     position = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    element = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS * BLOCK) // BLOCK
     row = position
+    element_row = element
     if HAS_IDS:
         row = tl.load(ids_ptr + position, mask=position < count, other=0).to(tl.int64)
+        element_row = tl.load(ids_ptr + element, mask=element < count, other=0).to(tl.int64)
     known = (row >= 0) & (row < N) & (position < count)
-    levels = tl.load(centroids_ptr + load_codes(packed_ptr, row, known, block, row_bytes, BITS))
+    element_known = (element_row >= 0) & (element_row < N) & (element < count)
+    levels = load_levels(packed_ptr, centroids_ptr, element_row, element_known, block, row_bytes, BITS, ROWS)
     # An id outside the table cannot raise from here: its row becomes NaN and no memory outside the table is read.
     norms = tl.load(norms_ptr + row * row_blocks + block, mask=known, other=float("nan")).to(tl.float32)
     weight = butterflies(levels, ROWS) / BLOCK * norms[:, None]  # one sqrt(128) is the levels', one the transform's

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from polar_kernels.codebook import bits_of
 from polar_kernels.hadamard import BLOCK_SIZE
-from polar_kernels.kernels.blocks import BLOCK, load_codes, storable
+from polar_kernels.kernels.blocks import BLOCK, load_levels, storable
 from polar_kernels.kernels.rotate import rotate
 
 
@@ -37,15 +37,15 @@ def _matmul_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N * BLOCK) // BLOCK
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # A constexpr bound: Triton 3.6's interpreter cannot loop to a run-time one.
     for block in range(ROW_BLOCKS):
-        codes = load_codes(packed_ptr, n, n < N, block, row_bytes, BITS)
-        levels = tl.load(centroids_ptr + codes).to(x_ptr.dtype.element_ty)
+        levels = load_levels(packed_ptr, centroids_ptr, row, row < N, block, row_bytes, BITS, BLOCK_N)
         x = tl.load(
             x_ptr + m[None, :] * (ROW_BLOCKS * BLOCK) + block * BLOCK + k[:, None], mask=(m < M)[None, :], other=0.0
         )
-        partial = tl.dot(levels, x, input_precision="ieee")
+        partial = tl.dot(levels.to(x_ptr.dtype.element_ty), x, input_precision="ieee")
         norms = tl.load(norms_ptr + n * ROW_BLOCKS + block, mask=n < N, other=0.0).to(tl.float32)
         acc += partial * norms[:, None]
     if HAS_BIAS:
