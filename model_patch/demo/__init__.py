@@ -9,6 +9,6 @@ from pathlib import Path
 
 MODEL = Path(__file__).parent / "model"
 CALIBRATION_TEXT = Path(__file__).parent / "text" / "wikitext2.valid.excerpt.txt"
-CALIBRATION_WINDOWS = 64  # of 512 tokens; fewer leave the choice of exponents to chance at 3 bits
+CALIBRATION_WINDOWS = 64  # of 512 tokens; 16 to 128 differ by less than a standard error on held-out valid text
 EVALUATION_TEXT = Path(__file__).parent / "text" / "wikitext2.test.excerpt.txt"
 EVALUATION_WINDOWS = 24
