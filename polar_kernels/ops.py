@@ -24,7 +24,7 @@ import torch
 from polar_kernels import reference
 from polar_kernels.errors import ArgumentError
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
-from polar_kernels.tiles import TILE_BITS, TILE_ROWS, TILE_WORDS, untile_rows, untile_weight
+from polar_kernels.tiles import LEVEL_WORDS, TILE_BITS, TILE_ROWS, TILE_WORDS, untile_rows, untile_weight
 from polar_kernels.weight import check_weight, expect
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -127,7 +127,7 @@ def _check_tiles(
     expected = {
         "tiles": (tiles, torch.int32, (count, TILE_WORDS)),
         "tile_norms": (tile_norms, torch.float16, (count, 8, 4)),
-        "level_table": (level_table, torch.int32, (16,)),
+        "level_table": (level_table, torch.int32, (LEVEL_WORDS,)),
         "centroids": (centroids, torch.float32, (1 << TILE_BITS,)),
     }
     if awq_scales is not None:

@@ -25,6 +25,7 @@ TILE_ROWS = 32
 TILE_BITS = 5  # the width this layout is for
 _PLANES, _LANES, _LANE_WORDS = 5, 32, 4
 TILE_WORDS = _PLANES * _LANES * _LANE_WORDS
+FP16_LEVELS, BF16_LEVELS, LEVEL_STEP, LEVEL_WORDS = 4, 12, 20, 24  # where things are in a `level_table`
 _CHUNK_TILES = 1 << 9  # rearranged at a time; keeps the temporaries under 100 MB
 
 
@@ -131,20 +132,25 @@ def _sign_shifts(device: torch.device) -> torch.Tensor:
 
 
 def level_table(centroids: torch.Tensor) -> torch.Tensor:
-    """The words a kernel decodes with: int32 [16].
+    """The words a kernel decodes with: int32 [LEVEL_WORDS].
 
-    0..3: the 16 positive levels as bytes v, four a word, level ~ (v + 1/2) * delta; 4..7 and 8..11: the low and the
-    high bytes of the levels in fp16; 12: delta's bits; 13..15: zero.
+    0..3: the 16 positive levels as bytes v, four a word, level ~ (v + 1/2) * delta; from FP16_LEVELS and BF16_LEVELS:
+    four words of the low and four of the high bytes of the levels in that type; LEVEL_STEP: delta's bits.
     Raises ArgumentError for a table that the layout cannot hold.
     """
     if not is_tileable(centroids):
         raise ArgumentError("the tile layout needs an odd-symmetric table of 32 levels")
     positive = centroids[16:].cpu()
     steps, delta = half_integer_levels(positive)
-    halves = positive.half().view(torch.int16).int() & 0xFFFF
-    parts = [_bytes_to_words(steps), _bytes_to_words(halves & 0xFF), _bytes_to_words(halves >> 8)]
     tail = torch.tensor([delta, 0, 0, 0], dtype=torch.float32).view(torch.int32)
-    return torch.cat([*parts, tail]).to(centroids.device)
+    words = [_bytes_to_words(steps), *_split_bytes(positive.half()), *_split_bytes(positive.bfloat16()), tail]
+    return torch.cat(words).to(centroids.device)
+
+
+def _split_bytes(levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """16-bit floats [16] -> their low and their high bytes, int32 [4] each."""
+    bits = levels.view(torch.int16).int() & 0xFFFF
+    return _bytes_to_words(bits & 0xFF), _bytes_to_words(bits >> 8)
 
 
 def is_tileable(centroids: torch.Tensor) -> bool:

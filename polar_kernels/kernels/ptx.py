@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 _LOAD_STREAM = tl.constexpr("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];")
+_LOAD_STREAM_TWO = tl.constexpr("ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {$0, $1}, [$2];")
 _LOAD_CACHED = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
 _MMA_S8 = tl.constexpr(
     "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
@@ -18,10 +19,14 @@ _MMA_S8 = tl.constexpr(
 _WAIT = tl.constexpr("griddepcontrol.wait; mov.b32 $0, 0; // $1")
 _ADD_LANES = tl.constexpr("{ .reg .f32 t; shfl.sync.bfly.b32 t, $1, $2, 0x1f, 0xffffffff; add.f32 $0, $1, t; }")
 _MAX_LANES = tl.constexpr("{ .reg .f32 t; shfl.sync.bfly.b32 t, $1, $2, 0x1f, 0xffffffff; max.NaN.f32 $0, $1, t; }")
-_MMA_F16 = tl.constexpr(
-    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-    "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $10, $10, $10};"
-)
+_MMA_HALVES = {
+    dtype: tl.constexpr(
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    for dtype in ("f16", "bf16")
+}
+_MMA_F16, _MMA_BF16 = _MMA_HALVES["f16"], _MMA_HALVES["bf16"]
 _PACK_BF16 = tl.constexpr("cvt.rn.bf16x2.f32 $0, $1, $2;")
 _PACK_F16 = tl.constexpr("cvt.rn.f16x2.f32 $0, $1, $2;")
 _STORE = tl.constexpr(
@@ -35,6 +40,14 @@ def load_stream(pointer):
     """Four words that are read once: past L1, and free to be moved before a wait."""
     return tl.inline_asm_elementwise(
         _LOAD_STREAM, "=r,=r,=r,=r,l", [pointer.to(tl.int64)], (tl.int32, tl.int32, tl.int32, tl.int32), True, 1
+    )
+
+
+@triton.jit
+def load_stream_two(pointer):
+    """Two words that are read once."""
+    return tl.inline_asm_elementwise(
+        _LOAD_STREAM_TWO, "=r,=r,l", [pointer.to(tl.int64)], (tl.int32, tl.int32), True, 1
     )
 
 
@@ -89,12 +102,12 @@ def max_warp(x):
 
 
 @triton.jit
-def mma_f16(a0, a1, a2, a3, b0, b1, c):
-    """C [16, 8] fp32 + A [16, 16] fp16 x B [16, 8] fp16, a warp's fragments, from C = c everywhere."""
+def mma_halves(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, DTYPE: tl.constexpr):
+    """C [16, 8] fp32 += A [16, 16] x B [16, 8] in fp16 or bf16, a warp's fragments."""
     return tl.inline_asm_elementwise(
-        _MMA_F16,
-        "=f,=f,=f,=f,r,r,r,r,r,r,f",
-        [a0, a1, a2, a3, b0, b1, c],
+        _MMA_BF16 if DTYPE == tl.bfloat16 else _MMA_F16,
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
         (tl.float32, tl.float32, tl.float32, tl.float32),
         True,
         1,

@@ -10,12 +10,34 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
-from polar_kernels.kernels.ptx import max_warp, sum_warp, swap_lanes
+from polar_kernels.kernels.ptx import max_warp, sum_warp
+from polar_kernels.kernels.rotate_block import rotate_block
+from polar_kernels.tiles import LEVEL_STEP
 
 _WARPS = 4
+_STEP = tl.constexpr(LEVEL_STEP)
 # 1.5 * 2^23: adding it rounds a small float to an integer in its low mantissa bits.
 _ROUND = tl.constexpr(12582912.0)
 _ROUND_BITS = tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES: tl.constexpr):
+    """Four columns of a block as the bytes of a word, and the block's offset and scale."""
+    x0, x1, x2, x3 = rotate_block(x_ptr, scales_ptr, row, block, lane, K, HAS_SCALES)
+    peak = max_warp(_max(_max(tl.abs(x0), tl.abs(x1)), _max(tl.abs(x2), tl.abs(x3))))
+    # A NaN or an infinity anywhere in the block makes its scale NaN, and so the row's results.
+    inverse = tl.where(peak > 0, 127.0 / peak, 0.0)
+    q0 = _round(x0 * inverse)
+    q1 = _round(x1 * inverse)
+    q2 = _round(x2 * inverse)
+    q3 = _round(x3 * inverse)
+    total = sum_warp((q0 + q1 + q2 + q3).to(tl.float32))
+    word = (q0 & 0xFF) | ((q1 & 0xFF) << 8) | ((q2 & 0xFF) << 16) | (q3 << 24)
+    # sqrt(128) of the rotation and sqrt(128) of the levels; levels are (v + 1/2) * delta, so that half the block's sum
+    # is missing from the integer product; the product's accumulator starts at _ROUND.
+    scale = tl.where(peak * 0 == 0, peak / 127.0 / 128.0 * delta, float("nan"))
+    return word, 0.5 * total - _ROUND, scale
 
 
 @triton.jit
@@ -37,48 +59,49 @@ def _quantize_kernel(
     row = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0) * WARPS + thread // 32
     inside = block < blocks
-    column = block * 128 + 4 * lane
-    delta = tl.load(table_ptr + 12).to(tl.float32, bitcast=True)
+    delta = tl.load(table_ptr + _STEP).to(tl.float32, bitcast=True)
     gdc_wait()
-    x0 = _load(x_ptr, scales_ptr, row, column, K, HAS_SCALES)
-    x1 = _load(x_ptr, scales_ptr, row, column + 1, K, HAS_SCALES)
-    x2 = _load(x_ptr, scales_ptr, row, column + 2, K, HAS_SCALES)
-    x3 = _load(x_ptr, scales_ptr, row, column + 3, K, HAS_SCALES)
-    x0, x1, x2, x3 = x0 + x1, x0 - x1, x2 + x3, x2 - x3
-    x0, x1, x2, x3 = x0 + x2, x1 + x3, x0 - x2, x1 - x3
-    for bit in tl.static_range(5):
-        distance = tl.full(lane.shape, 1 << bit, tl.int32)
-        sign = tl.where((lane >> bit) & 1 == 1, -1.0, 1.0)
-        x0 = swap_lanes(x0, distance) + sign * x0
-        x1 = swap_lanes(x1, distance) + sign * x1
-        x2 = swap_lanes(x2, distance) + sign * x2
-        x3 = swap_lanes(x3, distance) + sign * x3
-    peak = max_warp(_max(_max(tl.abs(x0), tl.abs(x1)), _max(tl.abs(x2), tl.abs(x3))))
-    # A NaN or an infinity anywhere in the block makes its scale NaN, and so the row's results.
-    inverse = tl.where(peak > 0, 127.0 / peak, 0.0)
-    q0 = _round(x0 * inverse)
-    q1 = _round(x1 * inverse)
-    q2 = _round(x2 * inverse)
-    q3 = _round(x3 * inverse)
-    total = sum_warp((q0 + q1 + q2 + q3).to(tl.float32))
-    word = (q0 & 0xFF) | ((q1 & 0xFF) << 8) | ((q2 & 0xFF) << 16) | (q3 << 24)
+    word, offset, scale = _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES)
     # Column 32 s + 8 q + 4 r + i goes where lane q of the product reads its eight words (s, r) in a run.
     position = (lane // 2) % 4 * 8 + lane // 8 * 2 + lane % 2
     tl.store(out_ptr + (row * blocks + block) * 32 + position, word, mask=inside)
     meta = meta_ptr + (block.to(tl.int64) * padded_rows + row) * 2
-    # sqrt(128) of the rotation and sqrt(128) of the levels; levels are (v + 1/2) * delta, so that half the block's sum
-    # is missing from the integer product; the product's accumulator starts at _ROUND.
-    scale = tl.where(peak * 0 == 0, peak / 127.0 / 128.0 * delta, float("nan"))
-    tl.store(meta, 0.5 * total - _ROUND, mask=inside & (lane == 0))
+    tl.store(meta, offset, mask=inside & (lane == 0))
     tl.store(meta + 1, scale, mask=inside & (lane == 0))
 
 
 @triton.jit
-def _load(x_ptr, scales_ptr, row, column, K, HAS_SCALES: tl.constexpr):
-    x = tl.load(x_ptr + row * K + column, mask=column < K, other=0.0).to(tl.float32)
-    if HAS_SCALES:
-        x = x / tl.load(scales_ptr + column, mask=column < K, other=1.0).to(tl.float32)
-    return x
+def _quantize_chunks_kernel(
+    x_ptr,
+    scales_ptr,
+    out_ptr,
+    table_ptr,
+    K,
+    blocks,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    gdc_launch_dependents()
+    thread = tl.arange(0, 32 * WARPS)
+    lane = thread % 32
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * WARPS + thread // 32
+    inside = block < blocks
+    delta = tl.load(table_ptr + _STEP).to(tl.float32, bitcast=True)
+    gdc_wait()
+    word, offset, scale = _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES)
+    chunk = (row // (ROWS * CHUNKS) * blocks + block) * CHUNKS + row // ROWS % CHUNKS
+    out = out_ptr + chunk * (ROWS * 34)
+    own = row % ROWS
+    # Column 32 s + 8 q + 4 r + i, of lane 8 s + 2 q + r, is in word q of the 16 bytes (s, r), which the swizzle of
+    # shared memory moves about by the row.
+    position = (lane // 8 * 2 + lane % 2 ^ own % 8) * 4 + lane // 2 % 4
+    tl.store(out + own * 32 + position, word, mask=inside)
+    pair = out + ROWS * 32 + own * 2
+    tl.store(pair, offset.to(tl.int32, bitcast=True), mask=inside & (lane == 0))
+    tl.store(pair + 1, scale.to(tl.int32, bitcast=True), mask=inside & (lane == 0))
 
 
 @triton.jit
@@ -118,3 +141,32 @@ def quantize_activation(
         launch_pdl=True,
     )
     return words, meta
+
+
+def quantize_chunks(
+    x: torch.Tensor, awq_scales: torch.Tensor | None, table: torch.Tensor, chunk_rows: int, chunks: int
+) -> torch.Tensor:
+    """x [M, K] contiguous -> words int32 [ceil(M / (chunks * chunk_rows)), Kp / 128, chunks, chunk_rows * 34].
+
+    A chunk as `ring` copies it: 128 bytes of each row, then (offset, scale) of each in fp32. Rows beyond M are left
+    unwritten.
+    """
+    rows, in_features = x.shape
+    blocks = padded_size(in_features) // BLOCK_SIZE
+    tiles = triton.cdiv(rows, chunk_rows * chunks)
+    words = torch.empty(tiles, blocks, chunks, chunk_rows * 34, dtype=torch.int32, device=x.device)
+    _quantize_chunks_kernel[(rows, triton.cdiv(blocks, _WARPS))](
+        x_ptr=x,
+        scales_ptr=awq_scales,
+        out_ptr=words,
+        table_ptr=table,
+        K=in_features,
+        blocks=blocks,
+        ROWS=chunk_rows,
+        CHUNKS=chunks,
+        HAS_SCALES=awq_scales is not None,
+        WARPS=_WARPS,
+        num_warps=_WARPS,
+        launch_pdl=True,
+    )
+    return words

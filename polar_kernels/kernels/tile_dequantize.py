@@ -8,63 +8,26 @@ and additions in registers the other three; a lane ends with runs of eight colum
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from polar_kernels.kernels.ptx import load_cached, mma_f16, pack_halves, store_four
+from polar_kernels.kernels.decode_halves import decode_eight_halves
+from polar_kernels.kernels.ptx import load_cached, mma_halves, pack_halves, store_four
 from polar_kernels.kernels.tile_access import load_tile, norm_of
-from polar_kernels.tiles import TILE_ROWS
+from polar_kernels.tiles import FP16_LEVELS, TILE_ROWS
 
 _WARPS = 4
+_LEVELS = tl.constexpr(FP16_LEVELS)
 _BOTH_SIGNS = tl.constexpr(0x80008000 - (1 << 32))  # of two fp16 in a word
-
-
-def _decode(group: int) -> str:
-    """PTX: eight weights of the magnitude word $4 and the sign word $5 to four registers of two fp16.
-
-    Table: $6..$9 the low bytes of the 16 levels, $10..$13 the high ones; group: the sign group of the first four.
-    """
-
-    def four(first: str, second: str, selector: str, mask: int, shift: int) -> str:
-        sign = f"shl.b32 s, $5, {shift};" if shift else "mov.b32 s, $5;"
-        return (
-            f"prmt.b32 m, up, $4, {mask}; {sign}"
-            f"prmt.b32 x, $6, $7, {selector}; prmt.b32 y, $8, $9, {selector}; lop3.b32 lo, y, x, m, 0xE4;"
-            f"prmt.b32 x, $10, $11, {selector}; prmt.b32 y, $12, $13, {selector}; lop3.b32 hi, y, x, m, 0xE4;"
-            f"lop3.b32 hi, hi, s, 0x80808080, 0xF8;"
-            f"prmt.b32 {first}, lo, hi, 0x5140; prmt.b32 {second}, lo, hi, 0x7362;"
-        )
-
-    return (
-        "{ .reg .b32 a, b, up, lo, hi, m, s, x, y; and.b32 a, $4, 0x77777777; shl.b32 up, $4, 4;"
-        + four("$0", "$1", "a", 0xD9C8, group)
-        + " shr.u32 b, a, 16;"
-        + four("$2", "$3", "b", 0xFBEA, group + 1)
-        + " }"
-    )
-
-
-_DECODE_0, _DECODE_1, _DECODE_2, _DECODE_3 = (tl.constexpr(_decode(2 * s)) for s in range(4))
-
-
-@triton.jit
-def _decode_eight(code: tl.constexpr, word, signs, low, high):
-    return tl.inline_asm_elementwise(
-        code,
-        "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r",
-        [word, signs, low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]],
-        (tl.int32, tl.int32, tl.int32, tl.int32),
-        True,
-        1,
-    )
 
 
 @triton.jit
 def _turn_four_bits(upper_row, lower_row, ones, zero):
     """Two groups of four columns of rows g and g + 8, their four bits transformed: for each group eight values."""
     negated = ones ^ _BOTH_SIGNS
-    a0, a1, a2, a3 = mma_f16(upper_row[0], lower_row[0], upper_row[1], lower_row[1], ones, ones, zero)
-    b0, b1, b2, b3 = mma_f16(upper_row[0], lower_row[0], upper_row[1], lower_row[1], ones, negated, zero)
-    c0, c1, c2, c3 = mma_f16(upper_row[2], lower_row[2], upper_row[3], lower_row[3], ones, ones, zero)
-    d0, d1, d2, d3 = mma_f16(upper_row[2], lower_row[2], upper_row[3], lower_row[3], ones, negated, zero)
+    a0, a1, a2, a3 = mma_halves(upper_row[0], lower_row[0], upper_row[1], lower_row[1], ones, ones, zero, zero, zero, zero, tl.float16)
+    b0, b1, b2, b3 = mma_halves(upper_row[0], lower_row[0], upper_row[1], lower_row[1], ones, negated, zero, zero, zero, zero, tl.float16)
+    c0, c1, c2, c3 = mma_halves(upper_row[2], lower_row[2], upper_row[3], lower_row[3], ones, ones, zero, zero, zero, zero, tl.float16)
+    d0, d1, d2, d3 = mma_halves(upper_row[2], lower_row[2], upper_row[3], lower_row[3], ones, negated, zero, zero, zero, zero, tl.float16)
     return (a0, a1, b0, b1, a2, a3, b2, b3), (c0, c1, d0, d1, c2, c3, d2, d3)
 
 
@@ -104,6 +67,7 @@ def _store_row(out_ptr, row, column, v, norm, N, K, inverse, HAS_SCALES: tl.cons
 def _tile_dequantize_kernel(
     tiles_ptr, norms_ptr, table_ptr, scales_ptr, out_ptr, N, K, blocks, HAS_SCALES: tl.constexpr, WARPS: tl.constexpr
 ):
+    gdc_launch_dependents()
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
     g = lane // 4
@@ -112,9 +76,10 @@ def _tile_dequantize_kernel(
     block = tl.program_id(0) * WARPS + thread // 32
     number = band * blocks + tl.minimum(block, blocks - 1)
     tile = load_tile(tiles_ptr, number, lane)
-    low = load_cached(table_ptr + 4 + thread * 0)
-    high = load_cached(table_ptr + 8 + thread * 0)
+    low = load_cached(table_ptr + _LEVELS + thread * 0)
+    high = load_cached(table_ptr + _LEVELS + 4 + thread * 0)
     norms = tl.load(norms_ptr + number.to(tl.int64) * 8 + g)
+    gdc_wait()  # the weight was there before; what is written over may still be in use
     # The sign of entry (k, n) of H is the parity of k & n: this lane's k is 2 q or 2 q + 1 (and 8 more), its n is g.
     shared = q & (g // 2)
     ones = 0x3C003C00 ^ ((shared ^ (shared // 2)) & 1) * _BOTH_SIGNS ^ ((g & 1) << 31)
@@ -126,17 +91,17 @@ def _tile_dequantize_kernel(
         w1 = tile[2 * half + 1]
         s0 = tile[4][2 * half]
         s1 = tile[4][2 * half + 1]
-        upper = _decode_eight(_DECODE_0, w0[0], s0, low, high)
-        lower = _decode_eight(_DECODE_0, w0[1], s1, low, high)
+        upper = decode_eight_halves(0, w0[0], s0, low, high)
+        lower = decode_eight_halves(0, w0[1], s1, low, high)
         r0a, r0b = _turn_four_bits(upper, lower, ones, zero)
-        upper = _decode_eight(_DECODE_1, w0[2], s0, low, high)
-        lower = _decode_eight(_DECODE_1, w0[3], s1, low, high)
+        upper = decode_eight_halves(1, w0[2], s0, low, high)
+        lower = decode_eight_halves(1, w0[3], s1, low, high)
         r1a, r1b = _turn_four_bits(upper, lower, ones, zero)
-        upper = _decode_eight(_DECODE_2, w1[0], s0, low, high)
-        lower = _decode_eight(_DECODE_2, w1[1], s1, low, high)
+        upper = decode_eight_halves(2, w1[0], s0, low, high)
+        lower = decode_eight_halves(2, w1[1], s1, low, high)
         r2a, r2b = _turn_four_bits(upper, lower, ones, zero)
-        upper = _decode_eight(_DECODE_3, w1[2], s0, low, high)
-        lower = _decode_eight(_DECODE_3, w1[3], s1, low, high)
+        upper = decode_eight_halves(3, w1[2], s0, low, high)
+        lower = decode_eight_halves(3, w1[3], s1, low, high)
         r3a, r3b = _turn_four_bits(upper, lower, ones, zero)
         done = ()
         for i in tl.static_range(8):
@@ -189,4 +154,5 @@ def dequantize_tiles(
         HAS_SCALES=awq_scales is not None,
         WARPS=_WARPS,
         num_warps=_WARPS,
+        launch_pdl=True,
     )

@@ -1,0 +1,112 @@
+"""How the warps that share a band, 32 rows of the weight, add up their sums and store them: for few rows of x.
+
+A thread holds 8 sums a group of 8 rows of x: rows g, g + 8, g + 16, g + 24 of the weight (g = lane // 4), times rows
+2 q and 2 q + 1 of the group (q = lane % 4).
+"""
+
+import triton
+import triton.language as tl
+
+ROW_GROUP = 8  # rows of x the tensor cores take at a time
+
+
+def _reduce(warps: int) -> tuple[str, str]:
+    """PTX: the sum of 8 values a thread over `warps` neighbouring warps, and its constraints.
+
+    $0..: the 8 / warps sums (at least one) that fall to this warp; then the 8 values, the thread, the scratch address.
+    """
+    outs = max(1, 8 // warps)
+    thread, base = f"${outs + 8}", f"${outs + 9}"
+    code = [
+        "{ .reg .u32 lane, warp, own, first, p; .reg .f32 v;",
+        f"and.b32 lane, {thread}, 31; shr.u32 warp, {thread}, 5;",
+        f"mad.lo.u32 p, warp, 1024, {base}; mad.lo.u32 p, lane, 4, p;",
+        *(f"st.shared.f32 [p+{128 * e}], ${outs + e};" for e in range(8)),
+        "bar.sync 0;",
+        f"and.b32 own, warp, {warps - 1}; sub.u32 first, warp, own; and.b32 own, own, {8 // outs - 1};",
+        f"mad.lo.u32 p, first, 1024, {base}; mad.lo.u32 p, lane, 4, p; mad.lo.u32 p, own, {128 * outs}, p;",
+    ]
+    for out in range(outs):
+        code.append(f"ld.shared.f32 ${out}, [p+{128 * out}];")
+        code += [f"ld.shared.f32 v, [p+{128 * out + 1024 * w}]; add.f32 ${out}, ${out}, v;" for w in range(1, warps)]
+    code.append("bar.sync 0; }")
+    return " ".join(code), ",".join(["=&f"] * outs + ["f"] * 8 + ["r", "r"])
+
+
+_REDUCE_4, _REDUCE_8, _REDUCE_16 = (tl.constexpr(_reduce(warps)) for warps in (4, 8, 16))
+_SCRATCH_4, _SCRATCH_8, _SCRATCH_16 = (
+    tl.constexpr(f"{{ .shared .align 16 .b8 sums[{1024 * warps}]; mov.u32 $0, sums; }} // $1") for warps in (4, 8, 16)
+)
+
+
+@triton.jit
+def _sum_warps(sums, group: tl.constexpr, thread, scratch, WARPS: tl.constexpr):
+    values = [
+        sums[8 * group],
+        sums[8 * group + 1],
+        sums[8 * group + 2],
+        sums[8 * group + 3],
+        sums[8 * group + 4],
+        sums[8 * group + 5],
+        sums[8 * group + 6],
+        sums[8 * group + 7],
+        thread,
+        scratch,
+    ]
+    if WARPS == 4:
+        return tl.inline_asm_elementwise(_REDUCE_4[0], _REDUCE_4[1], values, (tl.float32, tl.float32), False, 1)
+    elif WARPS == 8:
+        return (tl.inline_asm_elementwise(_REDUCE_8[0], _REDUCE_8[1], values, tl.float32, False, 1),)
+    else:
+        return (tl.inline_asm_elementwise(_REDUCE_16[0], _REDUCE_16[1], values, tl.float32, False, 1),)
+
+
+@triton.jit
+def _scratch(thread, WARPS: tl.constexpr):
+    """Address of shared memory for the sums of WARPS warps."""
+    if WARPS == 4:
+        return tl.inline_asm_elementwise(_SCRATCH_4, "=r,r", [thread], tl.int32, False, 1)
+    elif WARPS == 8:
+        return tl.inline_asm_elementwise(_SCRATCH_8, "=r,r", [thread], tl.int32, False, 1)
+    else:
+        return tl.inline_asm_elementwise(_SCRATCH_16, "=r,r", [thread], tl.int32, False, 1)
+
+
+@triton.jit
+def store_band(
+    sums,
+    thread,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    factor,
+    GROUPS: tl.constexpr,
+    WARPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Add up over the WARPS warps of the program, multiply by `factor`, add the bias and store."""
+    lane = thread % 32
+    warp = thread // 32
+    scratch = _scratch(thread, WARPS)
+    SHARE: tl.constexpr = 2 if WARPS == 4 else 1
+    for group in tl.static_range(GROUPS):
+        share = _sum_warps(sums, group, thread, scratch, WARPS)
+        for i in tl.static_range(SHARE):
+            index = warp % (8 // SHARE) * SHARE + i
+            column = group * 8 + 2 * (lane % 4) + index % 2
+            row = tl.program_id(0) * 32 + index // 2 * 8 + lane // 4
+            keep = (column < M) & (row < N) & (warp < 8)
+            y = share[i] * factor
+            if HAS_BIAS:
+                y += tl.load(bias_ptr + row, mask=keep, other=0.0).to(tl.float32)
+            tl.store(out_ptr + column.to(tl.int64) * N + row, y.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+def choose_warps(bands: int, groups: int) -> int:
+    """Few bands want many warps each, to fill the GPU; many want few, whose sums are cheaper. Measured on an H200."""
+    if groups >= 4:
+        return 4 if bands * groups >= 1536 else 8
+    if bands >= 4096:
+        return 4
+    return 16 if bands <= 64 * groups else 8

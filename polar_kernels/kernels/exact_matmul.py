@@ -1,0 +1,148 @@
+"""The product for few rows with activations and levels in 16 bits: `int8_matmul` without its rounding.
+
+A warp multiplies one tile (32 rows x one 128-block) by 8 rows of x at a time, 16 columns a step. Norms are applied once
+a block, to the sums. Decoding costs half as much again as to int8, and is what bounds the larger shapes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from polar_kernels.hadamard import BLOCK_SIZE
+from polar_kernels.kernels.band_sums import ROW_GROUP, choose_warps, store_band
+from polar_kernels.kernels.decode_halves import decode_eight_halves
+from polar_kernels.kernels.ptx import load_cached, mma_halves, wait_for_previous_kernel
+from polar_kernels.kernels.rotate_activation import rotate_activation
+from polar_kernels.kernels.tile_access import load_tile, norm_of
+from polar_kernels.tiles import BF16_LEVELS, FP16_LEVELS, TILE_ROWS
+
+MAX_ROWS = 16  # of x in one launch
+_FACTOR = tl.constexpr(BLOCK_SIZE**-0.5)
+_FP16_LEVELS, _BF16_LEVELS = tl.constexpr(FP16_LEVELS), tl.constexpr(BF16_LEVELS)
+
+
+@triton.jit
+def _multiply_half_tile(w0, w1, signs0, signs1, low, high, x, GROUPS: tl.constexpr, DTYPE: tl.constexpr):
+    """16 rows by 128 columns times GROUPS groups of 8 rows of x: four sums a thread and group."""
+    sums = ()
+    for _ in tl.static_range(4 * GROUPS):
+        sums = sums + (tl.zeros(signs0.shape, tl.float32),)
+    for s in tl.static_range(4):
+        words = w0 if s < 2 else w1
+        u0, u1, u2, u3 = decode_eight_halves(s, words[s % 2 * 2], signs0, low, high)
+        v0, v1, v2, v3 = decode_eight_halves(s, words[s % 2 * 2 + 1], signs1, low, high)
+        added = ()
+        for group in tl.static_range(GROUPS):
+            b = x[4 * group + s]
+            c = (sums[4 * group], sums[4 * group + 1], sums[4 * group + 2], sums[4 * group + 3])
+            c = mma_halves(u0, v0, u1, v1, b[0], b[1], c[0], c[1], c[2], c[3], DTYPE)
+            c = mma_halves(u2, v2, u3, v3, b[2], b[3], c[0], c[1], c[2], c[3], DTYPE)
+            added = added + (c[0], c[1], c[2], c[3])
+        sums = added
+    return sums
+
+
+@triton.jit(do_not_specialize=["M"])
+def _exact_matmul_kernel(
+    tiles_ptr,
+    norms_ptr,
+    table_ptr,
+    x_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    blocks,
+    GROUPS: tl.constexpr,
+    WARPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    LEVELS: tl.constexpr = _BF16_LEVELS if DTYPE == tl.bfloat16 else _FP16_LEVELS
+    gdc_launch_dependents()
+    thread = tl.arange(0, 32 * WARPS)
+    lane = thread % 32
+    warp = thread // 32
+    g = lane // 4
+    first = tl.program_id(0) * blocks
+    tile = load_tile(tiles_ptr, first + tl.minimum(warp, blocks - 1), lane)
+    low = load_cached(table_ptr + LEVELS + thread * 0)
+    high = load_cached(table_ptr + LEVELS + 4 + thread * 0)
+    # Everything above was there before; x comes from the kernel before this one.
+    q = lane % 4 + wait_for_previous_kernel(thread)
+    sums = ()
+    for _ in tl.static_range(8 * GROUPS):
+        sums = sums + (tl.zeros(lane.shape, tl.float32),)
+    for step in range(tl.cdiv(blocks, WARPS)):
+        block = step * WARPS + warp
+        inside = block < blocks
+        block = tl.minimum(block, blocks - 1)
+        x = ()
+        for group in tl.static_range(GROUPS):
+            words = x_ptr + ((group * 8 + g).to(tl.int64) * blocks + block) * 64 + q * 16
+            for s in tl.static_range(4):
+                x = x + (load_cached(words + 4 * s),)
+        following = load_tile(tiles_ptr, first + tl.minimum(block + WARPS, blocks - 1), lane)
+        upper = _multiply_half_tile(tile[0], tile[1], tile[4][0], tile[4][1], low, high, x, GROUPS, DTYPE)
+        lower = _multiply_half_tile(tile[2], tile[3], tile[4][2], tile[4][3], low, high, x, GROUPS, DTYPE)
+        tile = following
+        norms = tl.load(norms_ptr + (first + block).to(tl.int64) * 8 + g, mask=inside, other=0)
+        n0 = norm_of(norms, 0)
+        n1 = norm_of(norms, 16)
+        n2 = norm_of(norms, 32)
+        n3 = norm_of(norms, 48)
+        added = ()
+        for group in tl.static_range(GROUPS):
+            added = added + (
+                sums[8 * group] + upper[4 * group] * n0,
+                sums[8 * group + 1] + upper[4 * group + 1] * n0,
+                sums[8 * group + 2] + upper[4 * group + 2] * n1,
+                sums[8 * group + 3] + upper[4 * group + 3] * n1,
+                sums[8 * group + 4] + lower[4 * group] * n2,
+                sums[8 * group + 5] + lower[4 * group + 1] * n2,
+                sums[8 * group + 6] + lower[4 * group + 2] * n3,
+                sums[8 * group + 7] + lower[4 * group + 3] * n3,
+            )
+        sums = added
+    store_band(sums, thread, bias_ptr, out_ptr, M, N, _FACTOR, GROUPS, WARPS, HAS_BIAS)
+
+
+def exact_linear(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    tile_norms: torch.Tensor,
+    awq_scales: torch.Tensor | None,
+    table: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    warps: int | None = None, maxnreg: int | None = None,
+) -> torch.Tensor:
+    """x [M, K] contiguous, bf16 or fp16, 1 to MAX_ROWS rows, times the transposed weight, plus bias: [M, N].
+
+    warps: 4, 8 or 16 that share a band of 32 rows; chosen by shape when None.
+    """
+    rows = x.shape[0]
+    groups = triton.next_power_of_2(triton.cdiv(rows, ROW_GROUP))
+    words = rotate_activation(x, awq_scales, groups * ROW_GROUP)
+    bands = triton.cdiv(out_features, TILE_ROWS)
+    out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
+    warps = warps or choose_warps(bands, groups)
+    _exact_matmul_kernel[(bands,)](
+        tiles_ptr=tiles,
+        norms_ptr=tile_norms.view(torch.int64),
+        table_ptr=table,
+        x_ptr=words,
+        bias_ptr=bias,
+        out_ptr=out,
+        M=rows,
+        N=out_features,
+        blocks=tiles.shape[0] // bands,
+        GROUPS=groups,
+        WARPS=warps,
+        HAS_BIAS=bias is not None,
+        num_warps=warps,
+        num_stages=1,
+        launch_pdl=True, maxnreg=maxnreg,
+    )
+    return out

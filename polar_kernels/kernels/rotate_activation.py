@@ -1,0 +1,60 @@
+"""Activations into the rotated domain in their own 16 bits, in the order that `exact_matmul` reads them."""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from polar_kernels.hadamard import BLOCK_SIZE, padded_size
+from polar_kernels.kernels.ptx import pack_halves
+from polar_kernels.kernels.rotate_block import rotate_block
+
+_WARPS = 4
+_FACTOR = tl.constexpr(BLOCK_SIZE**-0.5)
+
+
+@triton.jit
+def _rotate_kernel(
+    x_ptr,
+    scales_ptr,
+    out_ptr,
+    K,
+    blocks,
+    HAS_SCALES: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    gdc_launch_dependents()
+    thread = tl.arange(0, 32 * WARPS)
+    lane = thread % 32
+    row = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0) * WARPS + thread // 32
+    gdc_wait()
+    x0, x1, x2, x3 = rotate_block(x_ptr, scales_ptr, row, block, lane, K, HAS_SCALES)
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    # Column 32 s + 8 q + 4 r + i, of lane 8 s + 2 q + r, goes where lane q of the product reads its words in a run: two
+    # words for each of the steps 2 s + r of 16 columns.
+    out = out_ptr + (row * blocks + block) * 64 + lane // 2 % 4 * 16 + (lane // 8 * 2 + lane % 2) * 2
+    tl.store(out, pack_halves(x0 * _FACTOR, x1 * _FACTOR, DTYPE), mask=block < blocks)
+    tl.store(out + 1, pack_halves(x2 * _FACTOR, x3 * _FACTOR, DTYPE), mask=block < blocks)
+
+
+def rotate_activation(x: torch.Tensor, awq_scales: torch.Tensor | None, padded_rows: int) -> torch.Tensor:
+    """x [M, K] contiguous, bf16 or fp16 -> words int32 [Mp, Kp / 2].
+
+    padded_rows: Mp, at least M. Rows beyond M are left unwritten: each column of the product depends on its own row.
+    """
+    rows, in_features = x.shape
+    blocks = padded_size(in_features) // BLOCK_SIZE
+    words = torch.empty(padded_rows, blocks * 64, dtype=torch.int32, device=x.device)
+    _rotate_kernel[(triton.cdiv(blocks, _WARPS), rows)](
+        x_ptr=x,
+        scales_ptr=awq_scales,
+        out_ptr=words,
+        K=in_features,
+        blocks=blocks,
+        HAS_SCALES=awq_scales is not None,
+        WARPS=_WARPS,
+        num_warps=_WARPS,
+        launch_pdl=True,
+    )
+    return words
