@@ -88,7 +88,7 @@ class PolarModule(nn.Module):
     @property
     def activation(self) -> Activation:
         """`int8`: on GPUs that have the kernel for it, fp16 and bf16 inputs are rounded to int8 after the rotation, one
-        scale a 128-block. `exact`: they keep their dtype. Assigning takes effect at once."""
+        scale a 128-block. `exact`: they keep their dtype."""
         return self._activation
 
     @activation.setter
@@ -96,7 +96,6 @@ class PolarModule(nn.Module):
         if activation not in ("int8", "exact"):
             raise ArgumentError(f"activation must be 'int8' or 'exact', found {activation!r}")
         self._activation = activation
-        self.settle()
 
     def _multiplies(self) -> bool:
         """Whether activations are multiplied by this weight, so that tile layout is of use."""
@@ -104,7 +103,7 @@ class PolarModule(nn.Module):
 
     def _wants_tiles(self) -> bool:
         """Whether the device this weight is on would rather have it in tile layout."""
-        if self.centroids.device.type != "cuda" or self._activation != "int8" or not self._multiplies():
+        if self.centroids.device.type != "cuda" or not self._multiplies():
             return False
         from polar_kernels.kernels.tiled import supports
 
@@ -115,7 +114,7 @@ class PolarModule(nn.Module):
         x = cast_for_autocast(x)
         if self.tiles is not None:
             parts = (self.tiles, self.tile_norms, self.awq_scales, self.level_table, self.centroids)
-            return ops.tiled_linear(x, *parts, bias, self._rows)
+            return ops.tiled_linear(x, *parts, bias, self._rows, self._activation == "exact")
         return ops.linear(x, self.packed, self.norms, self.awq_scales, self.centroids, bias)
 
     def _dense(self, dtype: torch.dtype) -> torch.Tensor:

@@ -6,7 +6,7 @@
 | rotate | reference.rotate | kernels.rotate |
 | dequantize | reference.dequantize | kernels.dequantize |
 | embedding | reference.embedding | kernels.dequantize |
-| tiled_linear | reference.linear | kernels.tiled: int8_matmul for few rows, dense for many |
+| tiled_linear | reference.linear | kernels.tiled: exact_matmul, int8_matmul, int8_wgmma, dense, by rows |
 | tiled_dequantize | reference.dequantize | kernels.tiled |
 | tiled_embedding | reference.dequantize | kernels.dequantize |
 
@@ -37,7 +37,7 @@ _library.define(f"dequantize({_WEIGHT}, int in_features, ScalarType dtype) -> Te
 _library.define(f"embedding(Tensor ids, {_WEIGHT}, int embedding_dim, ScalarType dtype) -> Tensor")
 
 _TILED = "Tensor tiles, Tensor tile_norms, Tensor? awq_scales, Tensor level_table, Tensor centroids"
-_library.define(f"tiled_linear(Tensor x, {_TILED}, Tensor? bias, int out_features) -> Tensor")
+_library.define(f"tiled_linear(Tensor x, {_TILED}, Tensor? bias, int out_features, bool exact=False) -> Tensor")
 _library.define(f"tiled_dequantize({_TILED}, int out_features, int in_features, ScalarType dtype) -> Tensor")
 _library.define(
     f"tiled_embedding(Tensor ids, {_TILED}, int out_features, int embedding_dim, ScalarType dtype) -> Tensor"
@@ -137,7 +137,7 @@ def _check_tiles(
         _check_device(name, tensor, tiles.device)
 
 
-def _check_tiled_linear(x, tiles, tile_norms, awq_scales, level_table, centroids, bias, out_features):
+def _check_tiled_linear(x, tiles, tile_norms, awq_scales, level_table, centroids, bias, out_features, exact=False):
     _check_rotate(x, awq_scales)
     _check_tiles(tiles, tile_norms, awq_scales, level_table, centroids, out_features, x.shape[-1])
     _check_device("the weight", tiles, x.device)
@@ -189,7 +189,7 @@ def _tiled_embedding_fake(
     return tiles.new_empty(*ids.shape, embedding_dim, dtype=dtype)
 
 
-def _tiled_linear_cpu(x, tiles, tile_norms, awq_scales, level_table, centroids, bias, out_features):
+def _tiled_linear_cpu(x, tiles, tile_norms, awq_scales, level_table, centroids, bias, out_features, exact=False):
     packed, norms = untile_weight(tiles, tile_norms, out_features)
     return reference.linear(x, packed, norms, awq_scales, centroids, bias)
 
@@ -199,12 +199,12 @@ def _tiled_dequantize_cpu(tiles, tile_norms, awq_scales, level_table, centroids,
     return reference.dequantize(packed, norms, awq_scales, centroids, in_features, dtype)
 
 
-def _tiled_linear_cuda(x, tiles, tile_norms, awq_scales, level_table, centroids, bias, out_features):
+def _tiled_linear_cuda(x, tiles, tile_norms, awq_scales, level_table, centroids, bias, out_features, exact=False):
     from polar_kernels.kernels.tiled import tiled_linear
 
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     offset = None if bias is None else bias.contiguous()
-    out = tiled_linear(rows, tiles, tile_norms, awq_scales, level_table, centroids, offset, out_features)
+    out = tiled_linear(rows, tiles, tile_norms, awq_scales, level_table, centroids, offset, out_features, exact)
     return out.view(*x.shape[:-1], out_features)
 
 
@@ -214,7 +214,7 @@ def _tiled_dequantize_cuda(*args):
     return tiled_dequantize(*args)
 
 
-def _tiled_linear_fake(x, tiles, tile_norms, awq_scales, level_table, centroids, bias, out_features):
+def _tiled_linear_fake(x, tiles, tile_norms, awq_scales, level_table, centroids, bias, out_features, exact=False):
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -328,7 +328,7 @@ torch.library.register_autograd("polar::linear", _linear_backward, setup_context
 
 
 def _tiled_setup(ctx, inputs, output):
-    x, tiles, tile_norms, awq_scales, level_table, centroids, _, out_features = inputs
+    x, tiles, tile_norms, awq_scales, level_table, centroids, _, out_features, _ = inputs
     ctx.save_for_backward(tiles, tile_norms, awq_scales, level_table, centroids)
     ctx.dtype, ctx.in_features, ctx.out_features = x.dtype, x.shape[-1], out_features
 
@@ -339,7 +339,7 @@ def _tiled_backward(ctx, grad):
         grad_x = grad @ tiled_dequantize(*ctx.saved_tensors, ctx.out_features, ctx.in_features, ctx.dtype)
     if ctx.needs_input_grad[6]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, None, None, None, None, None, grad_bias, None
+    return grad_x, None, None, None, None, None, grad_bias, None, None
 
 
 torch.library.register_autograd("polar::tiled_linear", _tiled_backward, setup_context=_tiled_setup, lib=_library)

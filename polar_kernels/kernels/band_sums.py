@@ -80,12 +80,11 @@ def store_band(
     out_ptr,
     M,
     N,
-    factor,
     GROUPS: tl.constexpr,
     WARPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Add up over the WARPS warps of the program, multiply by `factor`, add the bias and store."""
+    """Add up over the WARPS warps of the program, add the bias and store."""
     lane = thread % 32
     warp = thread // 32
     scratch = _scratch(thread, WARPS)
@@ -97,16 +96,7 @@ def store_band(
             column = group * 8 + 2 * (lane % 4) + index % 2
             row = tl.program_id(0) * 32 + index // 2 * 8 + lane // 4
             keep = (column < M) & (row < N) & (warp < 8)
-            y = share[i] * factor
+            y = share[i]
             if HAS_BIAS:
                 y += tl.load(bias_ptr + row, mask=keep, other=0.0).to(tl.float32)
             tl.store(out_ptr + column.to(tl.int64) * N + row, y.to(out_ptr.dtype.element_ty), mask=keep)
-
-
-def choose_warps(bands: int, groups: int) -> int:
-    """Few bands want many warps each, to fill the GPU; many want few, whose sums are cheaper. Measured on an H200."""
-    if groups >= 4:
-        return 4 if bands * groups >= 1536 else 8
-    if bands >= 4096:
-        return 4
-    return 16 if bands <= 64 * groups else 8

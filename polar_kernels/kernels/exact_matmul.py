@@ -7,10 +7,8 @@ a block, to the sums. Decoding costs half as much again as to int8, and is what 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
-from polar_kernels.hadamard import BLOCK_SIZE
-from polar_kernels.kernels.band_sums import ROW_GROUP, choose_warps, store_band
+from polar_kernels.kernels.band_sums import ROW_GROUP, store_band
 from polar_kernels.kernels.decode_halves import decode_eight_halves
 from polar_kernels.kernels.ptx import load_cached, mma_halves, wait_for_previous_kernel
 from polar_kernels.kernels.rotate_activation import rotate_activation
@@ -18,7 +16,6 @@ from polar_kernels.kernels.tile_access import load_tile, norm_of
 from polar_kernels.tiles import BF16_LEVELS, FP16_LEVELS, TILE_ROWS
 
 MAX_ROWS = 16  # of x in one launch
-_FACTOR = tl.constexpr(BLOCK_SIZE**-0.5)
 _FP16_LEVELS, _BF16_LEVELS = tl.constexpr(FP16_LEVELS), tl.constexpr(BF16_LEVELS)
 
 
@@ -43,7 +40,7 @@ def _multiply_half_tile(w0, w1, signs0, signs1, low, high, x, GROUPS: tl.constex
     return sums
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "N", "blocks"])
 def _exact_matmul_kernel(
     tiles_ptr,
     norms_ptr,
@@ -59,8 +56,7 @@ def _exact_matmul_kernel(
     HAS_BIAS: tl.constexpr,
 ):
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    LEVELS: tl.constexpr = _BF16_LEVELS if DTYPE == tl.bfloat16 else _FP16_LEVELS
-    gdc_launch_dependents()
+    LEVELS: tl.constexpr = _BF16_LEVELS if tl.bfloat16 == DTYPE else _FP16_LEVELS
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
     warp = thread // 32
@@ -105,7 +101,7 @@ def _exact_matmul_kernel(
                 sums[8 * group + 7] + lower[4 * group + 3] * n3,
             )
         sums = added
-    store_band(sums, thread, bias_ptr, out_ptr, M, N, _FACTOR, GROUPS, WARPS, HAS_BIAS)
+    store_band(sums, thread, bias_ptr, out_ptr, M, N, GROUPS, WARPS, HAS_BIAS)
 
 
 def exact_linear(
@@ -116,7 +112,7 @@ def exact_linear(
     table: torch.Tensor,
     bias: torch.Tensor | None,
     out_features: int,
-    warps: int | None = None, maxnreg: int | None = None,
+    warps: int | None = None,
 ) -> torch.Tensor:
     """x [M, K] contiguous, bf16 or fp16, 1 to MAX_ROWS rows, times the transposed weight, plus bias: [M, N].
 
@@ -127,7 +123,7 @@ def exact_linear(
     words = rotate_activation(x, awq_scales, groups * ROW_GROUP)
     bands = triton.cdiv(out_features, TILE_ROWS)
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
-    warps = warps or choose_warps(bands, groups)
+    warps = warps or _choose_warps(bands)
     _exact_matmul_kernel[(bands,)](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int64),
@@ -143,6 +139,14 @@ def exact_linear(
         HAS_BIAS=bias is not None,
         num_warps=warps,
         num_stages=1,
-        launch_pdl=True, maxnreg=maxnreg,
+        launch_pdl=True,
+        maxnreg=96 if groups == 1 else None,
     )
     return out
+
+
+def _choose_warps(bands: int) -> int:
+    """Few bands want many warps each, to fill the GPU. Measured on an H200."""
+    if bands <= 128:
+        return 16
+    return 8 if bands < 4096 else 4

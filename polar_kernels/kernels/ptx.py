@@ -46,9 +46,7 @@ def load_stream(pointer):
 @triton.jit
 def load_stream_two(pointer):
     """Two words that are read once."""
-    return tl.inline_asm_elementwise(
-        _LOAD_STREAM_TWO, "=r,=r,l", [pointer.to(tl.int64)], (tl.int32, tl.int32), True, 1
-    )
+    return tl.inline_asm_elementwise(_LOAD_STREAM_TWO, "=r,=r,l", [pointer.to(tl.int64)], (tl.int32, tl.int32), True, 1)
 
 
 @triton.jit
@@ -105,7 +103,7 @@ def max_warp(x):
 def mma_halves(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, DTYPE: tl.constexpr):
     """C [16, 8] fp32 += A [16, 16] x B [16, 8] in fp16 or bf16, a warp's fragments."""
     return tl.inline_asm_elementwise(
-        _MMA_BF16 if DTYPE == tl.bfloat16 else _MMA_F16,
+        _MMA_BF16 if tl.bfloat16 == DTYPE else _MMA_F16,
         "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
         [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
         (tl.float32, tl.float32, tl.float32, tl.float32),

@@ -11,11 +11,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
 from polar_kernels.kernels.ptx import max_warp, sum_warp
+from polar_kernels.kernels.ring import CHUNK_BYTES, CHUNK_ROWS
 from polar_kernels.kernels.rotate_block import rotate_block
 from polar_kernels.tiles import LEVEL_STEP
 
 _WARPS = 4
 _STEP = tl.constexpr(LEVEL_STEP)
+_ROWS, _CHUNK = tl.constexpr(CHUNK_ROWS), tl.constexpr(CHUNK_BYTES)
 # 1.5 * 2^23: adding it rounds a small float to an integer in its low mantissa bits.
 _ROUND = tl.constexpr(12582912.0)
 _ROUND_BITS = tl.constexpr(0x4B400000)
@@ -40,7 +42,7 @@ def _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES: tl.cons
     return word, 0.5 * total - _ROUND, scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "blocks", "padded_rows"])
 def _quantize_kernel(
     x_ptr,
     scales_ptr,
@@ -70,7 +72,7 @@ def _quantize_kernel(
     tl.store(meta + 1, scale, mask=inside & (lane == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "blocks"])
 def _quantize_chunks_kernel(
     x_ptr,
     scales_ptr,
@@ -78,8 +80,6 @@ def _quantize_chunks_kernel(
     table_ptr,
     K,
     blocks,
-    ROWS: tl.constexpr,
-    CHUNKS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     WARPS: tl.constexpr,
 ):
@@ -92,14 +92,13 @@ def _quantize_chunks_kernel(
     delta = tl.load(table_ptr + _STEP).to(tl.float32, bitcast=True)
     gdc_wait()
     word, offset, scale = _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES)
-    chunk = (row // (ROWS * CHUNKS) * blocks + block) * CHUNKS + row // ROWS % CHUNKS
-    out = out_ptr + chunk * (ROWS * 34)
-    own = row % ROWS
+    out = out_ptr + (row // _ROWS * blocks + block) * (_CHUNK // 4)
+    own = row % _ROWS
     # Column 32 s + 8 q + 4 r + i, of lane 8 s + 2 q + r, is in word q of the 16 bytes (s, r), which the swizzle of
     # shared memory moves about by the row.
     position = (lane // 8 * 2 + lane % 2 ^ own % 8) * 4 + lane // 2 % 4
     tl.store(out + own * 32 + position, word, mask=inside)
-    pair = out + ROWS * 32 + own * 2
+    pair = out + _ROWS * 32 + own * 2
     tl.store(pair, offset.to(tl.int32, bitcast=True), mask=inside & (lane == 0))
     tl.store(pair + 1, scale.to(tl.int32, bitcast=True), mask=inside & (lane == 0))
 
@@ -143,18 +142,14 @@ def quantize_activation(
     return words, meta
 
 
-def quantize_chunks(
-    x: torch.Tensor, awq_scales: torch.Tensor | None, table: torch.Tensor, chunk_rows: int, chunks: int
-) -> torch.Tensor:
-    """x [M, K] contiguous -> words int32 [ceil(M / (chunks * chunk_rows)), Kp / 128, chunks, chunk_rows * 34].
+def quantize_chunks(x: torch.Tensor, awq_scales: torch.Tensor | None, table: torch.Tensor) -> torch.Tensor:
+    """x [M, K] contiguous -> words int32 [ceil(M / 64), Kp / 128, 64 * 34], chunks as `ring` copies them.
 
-    A chunk as `ring` copies it: 128 bytes of each row, then (offset, scale) of each in fp32. Rows beyond M are left
-    unwritten.
+    table: `tiles.level_table`. Rows beyond M are left unwritten.
     """
     rows, in_features = x.shape
     blocks = padded_size(in_features) // BLOCK_SIZE
-    tiles = triton.cdiv(rows, chunk_rows * chunks)
-    words = torch.empty(tiles, blocks, chunks, chunk_rows * 34, dtype=torch.int32, device=x.device)
+    words = torch.empty(triton.cdiv(rows, CHUNK_ROWS), blocks, CHUNK_BYTES // 4, dtype=torch.int32, device=x.device)
     _quantize_chunks_kernel[(rows, triton.cdiv(blocks, _WARPS))](
         x_ptr=x,
         scales_ptr=awq_scales,
@@ -162,8 +157,6 @@ def quantize_chunks(
         table_ptr=table,
         K=in_features,
         blocks=blocks,
-        ROWS=chunk_rows,
-        CHUNKS=chunks,
         HAS_SCALES=awq_scales is not None,
         WARPS=_WARPS,
         num_warps=_WARPS,

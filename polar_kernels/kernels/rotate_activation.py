@@ -10,10 +10,11 @@ from polar_kernels.kernels.ptx import pack_halves
 from polar_kernels.kernels.rotate_block import rotate_block
 
 _WARPS = 4
-_FACTOR = tl.constexpr(BLOCK_SIZE**-0.5)
+# sqrt(128) of the rotation and sqrt(128) of the levels; together they also keep large fp16 values in range.
+_FACTOR = tl.constexpr(1 / BLOCK_SIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "blocks"])
 def _rotate_kernel(
     x_ptr,
     scales_ptr,

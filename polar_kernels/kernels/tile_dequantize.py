@@ -8,7 +8,6 @@ and additions in registers the other three; a lane ends with runs of eight colum
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polar_kernels.kernels.decode_halves import decode_eight_halves
 from polar_kernels.kernels.ptx import load_cached, mma_halves, pack_halves, store_four
@@ -24,10 +23,18 @@ _BOTH_SIGNS = tl.constexpr(0x80008000 - (1 << 32))  # of two fp16 in a word
 def _turn_four_bits(upper_row, lower_row, ones, zero):
     """Two groups of four columns of rows g and g + 8, their four bits transformed: for each group eight values."""
     negated = ones ^ _BOTH_SIGNS
-    a0, a1, a2, a3 = mma_halves(upper_row[0], lower_row[0], upper_row[1], lower_row[1], ones, ones, zero, zero, zero, zero, tl.float16)
-    b0, b1, b2, b3 = mma_halves(upper_row[0], lower_row[0], upper_row[1], lower_row[1], ones, negated, zero, zero, zero, zero, tl.float16)
-    c0, c1, c2, c3 = mma_halves(upper_row[2], lower_row[2], upper_row[3], lower_row[3], ones, ones, zero, zero, zero, zero, tl.float16)
-    d0, d1, d2, d3 = mma_halves(upper_row[2], lower_row[2], upper_row[3], lower_row[3], ones, negated, zero, zero, zero, zero, tl.float16)
+    a0, a1, a2, a3 = mma_halves(
+        upper_row[0], lower_row[0], upper_row[1], lower_row[1], ones, ones, zero, zero, zero, zero, tl.float16
+    )
+    b0, b1, b2, b3 = mma_halves(
+        upper_row[0], lower_row[0], upper_row[1], lower_row[1], ones, negated, zero, zero, zero, zero, tl.float16
+    )
+    c0, c1, c2, c3 = mma_halves(
+        upper_row[2], lower_row[2], upper_row[3], lower_row[3], ones, ones, zero, zero, zero, zero, tl.float16
+    )
+    d0, d1, d2, d3 = mma_halves(
+        upper_row[2], lower_row[2], upper_row[3], lower_row[3], ones, negated, zero, zero, zero, zero, tl.float16
+    )
     return (a0, a1, b0, b1, a2, a3, b2, b3), (c0, c1, d0, d1, c2, c3, d2, d3)
 
 
@@ -63,11 +70,10 @@ def _store_row(out_ptr, row, column, v, norm, N, K, inverse, HAS_SCALES: tl.cons
     store_four(out_ptr + row.to(tl.int64) * K + column, w0, w1, w2, w3, keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K", "blocks"])
 def _tile_dequantize_kernel(
     tiles_ptr, norms_ptr, table_ptr, scales_ptr, out_ptr, N, K, blocks, HAS_SCALES: tl.constexpr, WARPS: tl.constexpr
 ):
-    gdc_launch_dependents()
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
     g = lane // 4
@@ -79,7 +85,6 @@ def _tile_dequantize_kernel(
     low = load_cached(table_ptr + _LEVELS + thread * 0)
     high = load_cached(table_ptr + _LEVELS + 4 + thread * 0)
     norms = tl.load(norms_ptr + number.to(tl.int64) * 8 + g)
-    gdc_wait()  # the weight was there before; what is written over may still be in use
     # The sign of entry (k, n) of H is the parity of k & n: this lane's k is 2 q or 2 q + 1 (and 8 more), its n is g.
     shared = q & (g // 2)
     ones = 0x3C003C00 ^ ((shared ^ (shared // 2)) & 1) * _BOTH_SIGNS ^ ((g & 1) << 31)
@@ -154,5 +159,4 @@ def dequantize_tiles(
         HAS_SCALES=awq_scales is not None,
         WARPS=_WARPS,
         num_warps=_WARPS,
-        launch_pdl=True,
     )

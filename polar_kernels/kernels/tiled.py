@@ -1,16 +1,34 @@
-"""A weight in tile layout multiplied or dequantised: which kernel for which input."""
+"""A weight in tile layout multiplied or dequantised: which kernel for which input.
+
+| rows of x | int8 | exact |
+|---|---|---|
+| 1 to 32, to 64 of a small weight | int8_matmul | exact_matmul, 16 at a time, to 48 |
+| to 192, on Hopper | int8_wgmma | dense |
+| more | dense | dense |
+
+dense: the weight dequantised, a part at a time, into one buffer that cuBLAS multiplies by. fp32 takes the plain kernel.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
-from polar_kernels.kernels import dequantize, matmul
-from polar_kernels.kernels.int8_matmul import MAX_ROWS, int8_linear
+from polar_kernels.kernels import dequantize, exact_matmul, int8_matmul, matmul
+from polar_kernels.kernels.exact_matmul import exact_linear
+from polar_kernels.kernels.int8_matmul import int8_linear
+from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
 from polar_kernels.kernels.tile_dequantize import dequantize_tiles
 from polar_kernels.tiles import TILE_ROWS, untile_weight
 
-# Rows of x from which one dequantisation and a dense product are faster than passes of the int8 kernel.
-_DENSE_ROWS = 2 * MAX_ROWS + 1
-_SCRATCH_BYTES = 32 << 20  # of dense weight that such a product holds at a time
+# Rows of x up to which a kernel is the fastest, measured on an H200.
+_EXACT_ROWS = 3 * exact_matmul.MAX_ROWS
+_NARROW_ROWS = 32  # int8_matmul; twice as many where the weight has at most so many tiles:
+_SMALL_TILES = 4096
+_WGMMA_ROWS = 192
+_NARROW_ONLY_ROWS = 2 * int8_matmul.MAX_ROWS  # int8_matmul on GPUs without wgmma
+_SCRATCH_BYTES = 32 << 20  # of dense weight that a dense product holds at a time
 _STORE_COLUMNS = 8  # the one-shot kernel writes 16 bytes at a time
 
 
@@ -23,21 +41,32 @@ def tiled_linear(
     centroids: torch.Tensor,
     bias: torch.Tensor | None,
     out_features: int,
+    exact: bool,
 ) -> torch.Tensor:
-    """x [M, K] contiguous times the transposed weight, plus bias: [M, N] in x's dtype.
-
-    fp32 is multiplied exactly, by the kernel of the stored layout. fp16 and bf16 go through int8 activations; many
-    rows of them meet the weight in 16 bits, a part of it at a time.
-    """
-    if not x.shape[0] or not out_features:
-        return x.new_empty(x.shape[0], out_features)
+    """x [M, K] contiguous times the transposed weight, plus bias: [M, N] in x's dtype. exact: no int8 activations."""
+    rows, in_features = x.shape
+    if not rows or not out_features:
+        return x.new_empty(rows, out_features)
     if x.dtype == torch.float32:
         packed, norms = untile_weight(tiles, tile_norms, out_features)
         return matmul.linear(x, packed, norms, awq_scales, centroids, bias)
-    if x.shape[0] >= _DENSE_ROWS and x.shape[1] % _STORE_COLUMNS == 0:
-        return _dense_linear(x, tiles, tile_norms, awq_scales, level_table, bias, out_features)
-    parts = (tiles, tile_norms, awq_scales, level_table, bias, out_features)
-    outs = [int8_linear(rows, *parts) for rows in x.split(MAX_ROWS)]
+    weight = (tiles, tile_norms, awq_scales, level_table, bias, out_features)
+    can_be_dense = in_features % _STORE_COLUMNS == 0
+    if exact:
+        if can_be_dense and rows > _EXACT_ROWS:
+            return _dense_linear(x, *weight)
+        return _in_parts(exact_linear, exact_matmul.MAX_ROWS, x, weight)
+    if rows <= _NARROW_ROWS * (2 if len(tiles) <= _SMALL_TILES else 1):
+        return int8_linear(x, *weight)
+    wgmma = _has_wgmma(x.device)
+    if can_be_dense and rows > (_WGMMA_ROWS if wgmma else _NARROW_ONLY_ROWS):
+        return _dense_linear(x, *weight)
+    return int8_wgmma_linear(x, *weight) if wgmma else _in_parts(int8_linear, int8_matmul.MAX_ROWS, x, weight)
+
+
+def _in_parts(linear: Callable[..., torch.Tensor], rows: int, x: torch.Tensor, weight: tuple[Any, ...]) -> torch.Tensor:
+    """A product that takes at most `rows` rows of x at a time."""
+    outs = [linear(part, *weight) for part in x.split(rows)]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
@@ -90,3 +119,8 @@ def tiled_dequantize(
 def supports(device: torch.device) -> bool:
     """Whether the kernels of the tile layout run on this device: NVIDIA, Hopper or newer."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _has_wgmma(device: torch.device) -> bool:
+    """Hopper's instruction, which later GPUs do not have."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

@@ -35,14 +35,15 @@ def linear(device: torch.device) -> nn.Linear:
 
 @pytest.fixture
 def layer(linear: nn.Linear) -> PolarLinear:
-    """In exact mode, so that its buffers are the stored ones on a GPU too; test_tiles.py has the other mode."""
-    layer = PolarLinear.from_linear(linear, awq_scales=torch.rand(K) + 0.5)
-    layer.activation = "exact"
-    return layer
+    """Of a table that has no tiles, so that its buffers are the stored ones on a GPU too; test_tiles.py has the others."""
+    table = lloyd_max_levels(5) + 0.01
+    return PolarLinear.from_linear(linear, awq_scales=torch.rand(K) + 0.5, centroids=table)
 
 
 def exact(layer: PolarLinear, x: torch.Tensor) -> torch.Tensor:
-    return reference.linear(x.double(), layer.packed, layer.norms, layer.awq_scales, layer.centroids, layer.bias)
+    weight = layer.polar_weight
+    parts = (weight.packed, weight.norms, weight.awq_scales, weight.centroids)
+    return reference.linear(x.double(), *parts, layer.bias)
 
 
 @pytest.mark.parametrize("dtype", ops.FLOATS)
@@ -53,8 +54,8 @@ def test_from_linear(device: torch.device, relative_error, rounding, bits: int, 
     layer = PolarLinear.from_linear(linear, bits)
     layer.activation = "exact"
     stored = quantize_weight(linear.weight.detach(), bits)
-    assert torch.equal(layer.packed, stored.packed)
-    assert torch.equal(layer.norms, stored.norms)
+    assert torch.equal(layer.polar_weight.packed, stored.packed)
+    assert torch.equal(layer.polar_weight.norms, stored.norms)
     assert (layer.in_features, layer.out_features, layer.bits) == (K, N, bits)
     assert (layer.bias is not None) == bias
     x = torch.randn(9, K, device=device).to(dtype)
@@ -271,7 +272,7 @@ def test_wrong_input(device: torch.device, layer: PolarLinear, dtype: torch.dtyp
 
 
 def test_repr(layer: PolarLinear) -> None:
-    assert repr(layer) == "PolarLinear(in_features=200, out_features=37, bias=True, bits=5, awq=True, activation=exact)"
+    assert repr(layer) == "PolarLinear(in_features=200, out_features=37, bias=True, bits=5, awq=True, activation=int8)"
 
 
 def test_bytes_of_a_layer(device: torch.device) -> None:
@@ -285,7 +286,7 @@ def test_bytes_of_a_layer(device: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 64])
 def test_memory_of_a_forward(device: torch.device, rows: int) -> None:
-    """Apart from the layer itself, a call holds rotated activations and outputs."""
+    """Apart from the layer itself, a call holds rotated activations, outputs and, of many rows, partial sums."""
     layer = PolarLinear(4096, 8192, bias=False, device=device)
     x = torch.randn(rows, 4096, device=device).half()
     layer(x)
@@ -294,7 +295,8 @@ def test_memory_of_a_forward(device: torch.device, rows: int) -> None:
     before = torch.cuda.memory_allocated()
     layer(x)
     used = torch.cuda.max_memory_allocated() - before
-    assert used <= x.nbytes + rows * 8192 * 2 + 4096
+    partial_sums = 4 * rows * 8192 * 4 if rows > 16 else 0
+    assert used <= 1.1 * x.nbytes + rows * 8192 * 2 + partial_sums + 4096
     assert used + sum(buffer.nbytes for buffer in layer.buffers()) < 4096 * 8192 * 2
 
 

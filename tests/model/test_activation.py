@@ -26,8 +26,7 @@ def test_int8_costs_little(device: torch.device) -> None:
     divergences = {}
     for activation in ("exact", "int8"):
         set_activation(model, activation)
-        tiled = [m.tiles is not None for m in model.modules() if isinstance(m, PolarLinear)]
-        assert all(tiled) == (activation == "int8")
+        assert all(m.tiles is not None for m in model.modules() if isinstance(m, PolarLinear))
         divergences[activation] = evaluate(model, tokens, window=128, limit=60, reference=original).kl_divergence
     print(divergences)  # noqa: T201  shown with -s or on failure
     assert divergences["int8"] <= 1.03 * divergences["exact"]
