@@ -80,7 +80,7 @@ class PolarModule(nn.Module):
 
     def _stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.tiles is not None and self.tile_norms is not None:
-            return untile_weight(self.tiles, self.tile_norms, self._rows)
+            return untile_weight(self.tiles, self.tile_norms, self._rows, self.bits)
         assert self.packed is not None  # one of the two forms is always there
         assert self.norms is not None
         return self.packed, self.norms
@@ -128,7 +128,7 @@ class PolarModule(nn.Module):
         """Bring the weight into the layout that the device it is on multiplies from. Call after writing the buffers."""
         if self._wants_tiles():
             if self.tiles is None:
-                self.tiles, self.tile_norms = tile_weight(*self._stored())
+                self.tiles, self.tile_norms = tile_weight(*self._stored(), self.bits)
                 # Reads the table on the CPU and so waits for the tiles: kernels that overlap with the one before them
                 # load both before they wait for it.
                 self.level_table = level_table(self.centroids)

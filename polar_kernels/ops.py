@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from polar_kernels import reference
+from polar_kernels.codebook import bits_of
 from polar_kernels.errors import ArgumentError
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
-from polar_kernels.tiles import LEVEL_WORDS, TILE_BITS, TILE_ROWS, TILE_WORDS, untile_rows, untile_weight
+from polar_kernels.tiles import LEVEL_WORDS, PLANE_WORDS, TILE_ROWS, tile_width, untile_rows, untile_weight
 from polar_kernels.weight import check_weight, expect
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -123,12 +124,15 @@ def _check_tiles(
     out_features: int,
     in_features: int,
 ) -> None:
+    bits = bits_of(centroids)
+    if not 2 <= bits <= 5:
+        raise ArgumentError(f"tiles hold codes of 2 to 5 bits, found a table of {centroids.numel()} levels")
     count = -(-out_features // TILE_ROWS) * (padded_size(in_features) // BLOCK_SIZE)
     expected = {
-        "tiles": (tiles, torch.int32, (count, TILE_WORDS)),
+        "tiles": (tiles, torch.int32, (count, PLANE_WORDS * tile_width(bits))),
         "tile_norms": (tile_norms, torch.float16, (count, 8, 4)),
+        "centroids": (centroids, torch.float32, (1 << bits,)),
         "level_table": (level_table, torch.int32, (LEVEL_WORDS,)),
-        "centroids": (centroids, torch.float32, (1 << TILE_BITS,)),
     }
     if awq_scales is not None:
         expected["awq_scales"] = (awq_scales, torch.float16, (in_features,))
@@ -164,7 +168,7 @@ def _tiled_embedding_cpu(
         return torch.empty(*ids.shape, embedding_dim, dtype=dtype)
     if int(flat.min()) < 0 or int(flat.max()) >= out_features:
         raise IndexError(f"an id of {int(flat.min())}..{int(flat.max())} is outside the table of {out_features} rows")
-    packed, norms = untile_rows(tiles, tile_norms, flat, out_features)
+    packed, norms = untile_rows(tiles, tile_norms, flat, out_features, bits_of(centroids))
     rows = reference.dequantize(packed, norms, awq_scales, centroids, embedding_dim, dtype)
     return rows.view(*ids.shape, embedding_dim)
 
@@ -178,7 +182,7 @@ def _tiled_embedding_cuda(
     if not flat.numel():
         return tiles.new_empty(*ids.shape, embedding_dim, dtype=dtype)
     known = (flat >= 0) & (flat < out_features)
-    packed, norms = untile_rows(tiles, tile_norms, flat.clamp(0, out_features - 1), out_features)
+    packed, norms = untile_rows(tiles, tile_norms, flat.clamp(0, out_features - 1), out_features, bits_of(centroids))
     rows = dequantize_rows(None, packed, norms.contiguous(), awq_scales, centroids, embedding_dim, dtype)
     return rows.masked_fill_(~known[:, None], torch.nan).view(*ids.shape, embedding_dim)
 
@@ -190,12 +194,12 @@ def _tiled_embedding_fake(
 
 
 def _tiled_linear_cpu(x, tiles, tile_norms, awq_scales, level_table, centroids, bias, out_features, exact=False):
-    packed, norms = untile_weight(tiles, tile_norms, out_features)
+    packed, norms = untile_weight(tiles, tile_norms, out_features, bits_of(centroids))
     return reference.linear(x, packed, norms, awq_scales, centroids, bias)
 
 
 def _tiled_dequantize_cpu(tiles, tile_norms, awq_scales, level_table, centroids, out_features, in_features, dtype):
-    packed, norms = untile_weight(tiles, tile_norms, out_features)
+    packed, norms = untile_weight(tiles, tile_norms, out_features, bits_of(centroids))
     return reference.dequantize(packed, norms, awq_scales, centroids, in_features, dtype)
 
 

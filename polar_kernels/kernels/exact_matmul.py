@@ -13,22 +13,24 @@ from polar_kernels.kernels.decode_halves import decode_eight_halves
 from polar_kernels.kernels.ptx import load_cached, mma_halves, wait_for_previous_kernel
 from polar_kernels.kernels.rotate_activation import rotate_activation
 from polar_kernels.kernels.tile_access import load_tile, norm_of
-from polar_kernels.tiles import BF16_LEVELS, FP16_LEVELS, TILE_ROWS
+from polar_kernels.tiles import BF16_LEVELS, FP16_LEVELS, PLANE_WORDS, TILE_ROWS
 
 MAX_ROWS = 16  # of x in one launch
 _FP16_LEVELS, _BF16_LEVELS = tl.constexpr(FP16_LEVELS), tl.constexpr(BF16_LEVELS)
 
 
 @triton.jit
-def _multiply_half_tile(w0, w1, signs0, signs1, low, high, x, GROUPS: tl.constexpr, DTYPE: tl.constexpr):
+def _multiply_half_tile(
+    w0, w1, signs0, signs1, low, high, x, WIDTH: tl.constexpr, GROUPS: tl.constexpr, DTYPE: tl.constexpr
+):
     """16 rows by 128 columns times GROUPS groups of 8 rows of x: four sums a thread and group."""
     sums = ()
     for _ in tl.static_range(4 * GROUPS):
         sums = sums + (tl.zeros(signs0.shape, tl.float32),)
     for s in tl.static_range(4):
         words = w0 if s < 2 else w1
-        u0, u1, u2, u3 = decode_eight_halves(s, words[s % 2 * 2], signs0, low, high)
-        v0, v1, v2, v3 = decode_eight_halves(s, words[s % 2 * 2 + 1], signs1, low, high)
+        u0, u1, u2, u3 = decode_eight_halves(s, words[s % 2 * 2], signs0, low, high, WIDTH)
+        v0, v1, v2, v3 = decode_eight_halves(s, words[s % 2 * 2 + 1], signs1, low, high, WIDTH)
         added = ()
         for group in tl.static_range(GROUPS):
             b = x[4 * group + s]
@@ -51,6 +53,7 @@ def _exact_matmul_kernel(
     M,
     N,
     blocks,
+    WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
     WARPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -62,7 +65,7 @@ def _exact_matmul_kernel(
     warp = thread // 32
     g = lane // 4
     first = tl.program_id(0) * blocks
-    tile = load_tile(tiles_ptr, first + tl.minimum(warp, blocks - 1), lane)
+    tile = load_tile(tiles_ptr, first + tl.minimum(warp, blocks - 1), lane, WIDTH)
     low = load_cached(table_ptr + LEVELS + thread * 0)
     high = load_cached(table_ptr + LEVELS + 4 + thread * 0)
     # Everything above was there before; x comes from the kernel before this one.
@@ -79,9 +82,9 @@ def _exact_matmul_kernel(
             words = x_ptr + ((group * 8 + g).to(tl.int64) * blocks + block) * 64 + q * 16
             for s in tl.static_range(4):
                 x = x + (load_cached(words + 4 * s),)
-        following = load_tile(tiles_ptr, first + tl.minimum(block + WARPS, blocks - 1), lane)
-        upper = _multiply_half_tile(tile[0], tile[1], tile[4][0], tile[4][1], low, high, x, GROUPS, DTYPE)
-        lower = _multiply_half_tile(tile[2], tile[3], tile[4][2], tile[4][3], low, high, x, GROUPS, DTYPE)
+        following = load_tile(tiles_ptr, first + tl.minimum(block + WARPS, blocks - 1), lane, WIDTH)
+        upper = _multiply_half_tile(tile[0], tile[1], tile[4][0], tile[4][1], low, high, x, WIDTH, GROUPS, DTYPE)
+        lower = _multiply_half_tile(tile[2], tile[3], tile[4][2], tile[4][3], low, high, x, WIDTH, GROUPS, DTYPE)
         tile = following
         norms = tl.load(norms_ptr + (first + block).to(tl.int64) * 8 + g, mask=inside, other=0)
         n0 = norm_of(norms, 0)
@@ -134,6 +137,7 @@ def exact_linear(
         M=rows,
         N=out_features,
         blocks=tiles.shape[0] // bands,
+        WIDTH=tiles.shape[1] // PLANE_WORDS,
         GROUPS=groups,
         WARPS=warps,
         HAS_BIAS=bias is not None,

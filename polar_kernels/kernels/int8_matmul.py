@@ -19,7 +19,7 @@ from polar_kernels.kernels.decode_int8 import decode_half_tile
 from polar_kernels.kernels.ptx import as_float, load_cached, mma_s8, wait_for_previous_kernel
 from polar_kernels.kernels.quantize_activation import quantize_activation
 from polar_kernels.kernels.tile_access import load_tile, norm_of
-from polar_kernels.tiles import TILE_ROWS
+from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
 MAX_ROWS = 64  # of x in one launch: more would not fit in registers
 
@@ -48,6 +48,7 @@ def _int8_matmul_kernel(
     N,
     blocks,
     padded_rows,
+    WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
     WARPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -57,7 +58,7 @@ def _int8_matmul_kernel(
     warp = thread // 32
     g = lane // 4
     first = tl.program_id(0) * blocks
-    tile = load_tile(tiles_ptr, first + tl.minimum(warp, blocks - 1), lane)
+    tile = load_tile(tiles_ptr, first + tl.minimum(warp, blocks - 1), lane, WIDTH)
     table = load_cached(table_ptr + thread * 0)
     # Everything above was there before; x and meta come from the kernel before this one.
     q = lane % 4 + wait_for_previous_kernel(thread)
@@ -68,9 +69,9 @@ def _int8_matmul_kernel(
         block = step * WARPS + warp
         inside = block < blocks
         block = tl.minimum(block, blocks - 1)
-        upper = decode_half_tile(tile[0], tile[1], tile[4][0], tile[4][1], table)
-        lower = decode_half_tile(tile[2], tile[3], tile[4][2], tile[4][3], table)
-        tile = load_tile(tiles_ptr, first + tl.minimum(block + WARPS, blocks - 1), lane)
+        upper = decode_half_tile(tile[0], tile[1], tile[4][0], tile[4][1], table, WIDTH)
+        lower = decode_half_tile(tile[2], tile[3], tile[4][2], tile[4][3], table, WIDTH)
+        tile = load_tile(tiles_ptr, first + tl.minimum(block + WARPS, blocks - 1), lane, WIDTH)
         norms = tl.load(norms_ptr + (first + block).to(tl.int64) * 8 + g, mask=inside, other=0)
         n0 = norm_of(norms, 0)
         n1 = norm_of(norms, 16)
@@ -135,6 +136,7 @@ def int8_linear(
         N=out_features,
         blocks=blocks,
         padded_rows=words.shape[0],
+        WIDTH=tiles.shape[1] // PLANE_WORDS,
         GROUPS=groups,
         WARPS=warps,
         HAS_BIAS=bias is not None,

@@ -26,7 +26,7 @@ from polar_kernels.kernels.ring import (
     wait_for_slot,
 )
 from polar_kernels.kernels.tile_access import load_half_tile, norm_of
-from polar_kernels.tiles import TILE_ROWS
+from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
 _WARPS = 8
 _PROGRAM_ROWS = 16 * _WARPS  # of the weight
@@ -79,10 +79,10 @@ def _finish(products):
 
 
 @triton.jit
-def _multiply_block(sums, tile, table, ring, slot, parity, done, count, source, thread):
+def _multiply_block(sums, tile, table, ring, slot, parity, done, count, source, thread, WIDTH: tl.constexpr):
     """The sums of a thread with one block of K added. done, count: chunks before this block, and in all."""
     lane = thread % 32
-    a = decode_half_tile(tile[0], tile[1], tile[2][0], tile[2][1], table)
+    a = decode_half_tile(tile[0], tile[1], tile[2][0], tile[2][1], table, WIDTH)
     n0 = norm_of(tile[3], 0)
     n1 = norm_of(tile[3], 16)
     chunk = wait_for_slot(ring, slot, parity, _SLOTS)
@@ -116,6 +116,7 @@ def _int8_wgmma_kernel(
     N,
     blocks,
     split_blocks,
+    WIDTH: tl.constexpr,
     WARPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
@@ -128,8 +129,8 @@ def _int8_wgmma_kernel(
     count = tl.minimum(blocks - first_block, split_blocks)
     first = tl.minimum(band, tl.cdiv(N, 32) - 1) * blocks + first_block
     last = first + count - 1
-    even = load_half_tile(tiles_ptr, norms_ptr, first, half, lane)
-    odd = load_half_tile(tiles_ptr, norms_ptr, tl.minimum(first + 1, last), half, lane)
+    even = load_half_tile(tiles_ptr, norms_ptr, first, half, lane, WIDTH)
+    odd = load_half_tile(tiles_ptr, norms_ptr, tl.minimum(first + 1, last), half, lane, WIDTH)
     table = load_cached(table_ptr + thread * 0)
     ring = open_ring(thread, _SLOTS, WARPS)
     # Everything above was there before; x comes from the kernel before this one.
@@ -146,13 +147,15 @@ def _int8_wgmma_kernel(
     done = 0
     # Two blocks at a time, each with registers of its own: copying from one set to the other would wait for its loads.
     for step in range(0, count, 2):
-        sums, slot, parity, done = _multiply_block(sums, even, table, ring, slot, parity, done, count, source, thread)
-        even = load_half_tile(tiles_ptr, norms_ptr, tl.minimum(first + step + 2, last), half, lane)
+        sums, slot, parity, done = _multiply_block(
+            sums, even, table, ring, slot, parity, done, count, source, thread, WIDTH
+        )
+        even = load_half_tile(tiles_ptr, norms_ptr, tl.minimum(first + step + 2, last), half, lane, WIDTH)
         if step + 1 < count:
             sums, slot, parity, done = _multiply_block(
-                sums, odd, table, ring, slot, parity, done, count, source, thread
+                sums, odd, table, ring, slot, parity, done, count, source, thread, WIDTH
             )
-        odd = load_half_tile(tiles_ptr, norms_ptr, tl.minimum(first + step + 3, last), half, lane)
+        odd = load_half_tile(tiles_ptr, norms_ptr, tl.minimum(first + step + 3, last), half, lane, WIDTH)
     row = band * 32 + half * 16 + g
     bias0 = tl.zeros(lane.shape, tl.float32)
     bias1 = tl.zeros(lane.shape, tl.float32)
@@ -218,6 +221,7 @@ def int8_wgmma_linear(
         N=out_features,
         blocks=blocks,
         split_blocks=split_blocks,
+        WIDTH=tiles.shape[1] // PLANE_WORDS,
         WARPS=_WARPS,
         HAS_BIAS=bias is not None and splits == 1,
         num_warps=_WARPS,

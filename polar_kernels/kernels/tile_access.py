@@ -1,38 +1,48 @@
-"""How a lane reads its part of a tile: five planes of four words, and the norms of its four rows; or of half a tile."""
+"""How a lane reads its part of a tile, or of half a tile: planes of four words, and the norms of its rows.
+
+WIDTH: planes of a tile, 5, or 4 where the signs are in the planes of magnitudes; those stand in for the fifth then.
+"""
 
 import triton
 import triton.language as tl
 
 from polar_kernels.kernels.ptx import load_stream, load_stream_two
-from polar_kernels.tiles import TILE_WORDS
+from polar_kernels.tiles import PLANE_WORDS
 
-_TILE_WORDS = tl.constexpr(TILE_WORDS)
-_PLANE_WORDS = tl.constexpr(TILE_WORDS // 5)
+_PLANE_WORDS = tl.constexpr(PLANE_WORDS)
 
 
 @triton.jit
-def load_tile(tiles_ptr, tile, lane):
+def load_tile(tiles_ptr, tile, lane, WIDTH: tl.constexpr):
     """The four planes of magnitudes and the one of signs, four words each; tile: its number."""
-    plane = tiles_ptr + tile.to(tl.int64) * _TILE_WORDS + lane * 4
+    plane = tiles_ptr + tile.to(tl.int64) * (_PLANE_WORDS * WIDTH) + lane * 4
+    first = load_stream(plane)
+    signs = first
+    if WIDTH == 5:
+        signs = load_stream(plane + 4 * _PLANE_WORDS)
     return (
-        load_stream(plane),
+        first,
         load_stream(plane + _PLANE_WORDS),
         load_stream(plane + 2 * _PLANE_WORDS),
         load_stream(plane + 3 * _PLANE_WORDS),
-        load_stream(plane + 4 * _PLANE_WORDS),
+        signs,
     )
 
 
 @triton.jit
-def load_half_tile(tiles_ptr, norms_ptr, tile, half, lane):
+def load_half_tile(tiles_ptr, norms_ptr, tile, half, lane, WIDTH: tl.constexpr):
     """16 rows of a tile, the first or the second: two planes of magnitudes, two words of signs, and one of two norms.
 
     norms_ptr: int32, two norms a word.
     """
-    plane = tiles_ptr + tile.to(tl.int64) * _TILE_WORDS + half * (2 * _PLANE_WORDS) + lane * 4
-    signs = tiles_ptr + tile.to(tl.int64) * _TILE_WORDS + 4 * _PLANE_WORDS + lane * 4 + half * 2
+    start = tiles_ptr + tile.to(tl.int64) * (_PLANE_WORDS * WIDTH) + lane * 4
+    first = load_stream(start + half * (2 * _PLANE_WORDS))
+    second = load_stream(start + half * (2 * _PLANE_WORDS) + _PLANE_WORDS)
+    signs = (first[0], first[1])
+    if WIDTH == 5:
+        signs = load_stream_two(start + 4 * _PLANE_WORDS + half * 2)
     norms = tl.load(norms_ptr + tile.to(tl.int64) * 16 + lane // 4 * 2 + half)
-    return load_stream(plane), load_stream(plane + _PLANE_WORDS), load_stream_two(signs), norms
+    return first, second, signs, norms
 
 
 @triton.jit

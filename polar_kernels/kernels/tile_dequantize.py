@@ -12,7 +12,7 @@ import triton.language as tl
 from polar_kernels.kernels.decode_halves import decode_eight_halves
 from polar_kernels.kernels.ptx import load_cached, mma_halves, pack_halves, store_four
 from polar_kernels.kernels.tile_access import load_tile, norm_of
-from polar_kernels.tiles import FP16_LEVELS, TILE_ROWS
+from polar_kernels.tiles import FP16_LEVELS, PLANE_WORDS, TILE_ROWS
 
 _WARPS = 4
 _LEVELS = tl.constexpr(FP16_LEVELS)
@@ -72,7 +72,17 @@ def _store_row(out_ptr, row, column, v, norm, N, K, inverse, HAS_SCALES: tl.cons
 
 @triton.jit(do_not_specialize=["N", "K", "blocks"])
 def _tile_dequantize_kernel(
-    tiles_ptr, norms_ptr, table_ptr, scales_ptr, out_ptr, N, K, blocks, HAS_SCALES: tl.constexpr, WARPS: tl.constexpr
+    tiles_ptr,
+    norms_ptr,
+    table_ptr,
+    scales_ptr,
+    out_ptr,
+    N,
+    K,
+    blocks,
+    WIDTH: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
@@ -81,7 +91,7 @@ def _tile_dequantize_kernel(
     band = tl.program_id(1)
     block = tl.program_id(0) * WARPS + thread // 32
     number = band * blocks + tl.minimum(block, blocks - 1)
-    tile = load_tile(tiles_ptr, number, lane)
+    tile = load_tile(tiles_ptr, number, lane, WIDTH)
     low = load_cached(table_ptr + _LEVELS + thread * 0)
     high = load_cached(table_ptr + _LEVELS + 4 + thread * 0)
     norms = tl.load(norms_ptr + number.to(tl.int64) * 8 + g)
@@ -96,17 +106,17 @@ def _tile_dequantize_kernel(
         w1 = tile[2 * half + 1]
         s0 = tile[4][2 * half]
         s1 = tile[4][2 * half + 1]
-        upper = decode_eight_halves(0, w0[0], s0, low, high)
-        lower = decode_eight_halves(0, w0[1], s1, low, high)
+        upper = decode_eight_halves(0, w0[0], s0, low, high, WIDTH)
+        lower = decode_eight_halves(0, w0[1], s1, low, high, WIDTH)
         r0a, r0b = _turn_four_bits(upper, lower, ones, zero)
-        upper = decode_eight_halves(1, w0[2], s0, low, high)
-        lower = decode_eight_halves(1, w0[3], s1, low, high)
+        upper = decode_eight_halves(1, w0[2], s0, low, high, WIDTH)
+        lower = decode_eight_halves(1, w0[3], s1, low, high, WIDTH)
         r1a, r1b = _turn_four_bits(upper, lower, ones, zero)
-        upper = decode_eight_halves(2, w1[0], s0, low, high)
-        lower = decode_eight_halves(2, w1[1], s1, low, high)
+        upper = decode_eight_halves(2, w1[0], s0, low, high, WIDTH)
+        lower = decode_eight_halves(2, w1[1], s1, low, high, WIDTH)
         r2a, r2b = _turn_four_bits(upper, lower, ones, zero)
-        upper = decode_eight_halves(3, w1[2], s0, low, high)
-        lower = decode_eight_halves(3, w1[3], s1, low, high)
+        upper = decode_eight_halves(3, w1[2], s0, low, high, WIDTH)
+        lower = decode_eight_halves(3, w1[3], s1, low, high, WIDTH)
         r3a, r3b = _turn_four_bits(upper, lower, ones, zero)
         done = ()
         for i in tl.static_range(8):
@@ -156,6 +166,7 @@ def dequantize_tiles(
         N=rows,
         K=in_features,
         blocks=blocks,
+        WIDTH=tiles.shape[1] // PLANE_WORDS,
         HAS_SCALES=awq_scales is not None,
         WARPS=_WARPS,
         num_warps=_WARPS,

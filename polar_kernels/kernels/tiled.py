@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from polar_kernels.codebook import bits_of
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
 from polar_kernels.kernels import dequantize, exact_matmul, int8_matmul, matmul
 from polar_kernels.kernels.exact_matmul import exact_linear
@@ -48,7 +49,7 @@ def tiled_linear(
     if not rows or not out_features:
         return x.new_empty(rows, out_features)
     if x.dtype == torch.float32:
-        packed, norms = untile_weight(tiles, tile_norms, out_features)
+        packed, norms = untile_weight(tiles, tile_norms, out_features, bits_of(centroids))
         return matmul.linear(x, packed, norms, awq_scales, centroids, bias)
     weight = (tiles, tile_norms, awq_scales, level_table, bias, out_features)
     can_be_dense = in_features % _STORE_COLUMNS == 0
@@ -109,7 +110,7 @@ def tiled_dequantize(
 ) -> torch.Tensor:
     """The weight W_hat [N, K] in `dtype`."""
     if dtype == torch.float32 or in_features % _STORE_COLUMNS or not out_features:
-        packed, norms = untile_weight(tiles, tile_norms, out_features)
+        packed, norms = untile_weight(tiles, tile_norms, out_features, bits_of(centroids))
         return dequantize.dequantize_rows(None, packed, norms, awq_scales, centroids, in_features, dtype)
     out = torch.empty(out_features, in_features, dtype=dtype, device=tiles.device)
     dequantize_tiles(tiles, tile_norms, awq_scales, level_table, out)

@@ -19,6 +19,7 @@ from polar_kernels.kernels import tiled as kernels_tiled
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
 from polar_kernels.tiles import half_integer_levels, is_tileable, level_table, tile_weight, untile_rows, untile_weight
 
+BITS = [2, 3, 4, 5]
 SHAPES = [(1, 128), (32, 128), (37, 200), (64, 384), (257, 1152)]
 QWEN_SHAPES = [(12288, 4096), (4096, 12288), (1024, 4096)]
 INT8_ERROR = 0.012  # of the int8 product against the exact one, relative
@@ -28,22 +29,23 @@ INT8_ERROR = 0.012  # of the int8 product against the exact one, relative
 def tiled(random_weight):
     """(tiled parts, stored parts) of a random weight."""
 
-    def make(rows: int, columns: int, awq: bool = True) -> tuple[tuple, tuple]:
-        packed, norms, scales, centroids = random_weight(rows, columns, 5, awq=awq)
-        tiles, tile_norms = tile_weight(packed, norms)
+    def make(rows: int, columns: int, awq: bool = True, bits: int = 5) -> tuple[tuple, tuple]:
+        packed, norms, scales, centroids = random_weight(rows, columns, bits, awq=awq)
+        tiles, tile_norms = tile_weight(packed, norms, bits)
         return (tiles, tile_norms, scales, level_table(centroids), centroids), (packed, norms, scales, centroids)
 
     return make
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tiling_is_undone_exactly(device: torch.device, shape: tuple[int, int]) -> None:
+def test_tiling_is_undone_exactly(device: torch.device, shape: tuple[int, int], bits: int) -> None:
     rows, blocks = shape[0], -(-shape[1] // 128)
-    packed = pack_codes(torch.randint(0, 32, (rows, blocks * 128), device=device), 5)
+    packed = pack_codes(torch.randint(0, 1 << bits, (rows, blocks * 128), device=device), bits)
     norms = torch.rand(rows, blocks, device=device).half()
-    tiles, tile_norms = tile_weight(packed, norms)
-    assert tiles.nbytes == -(-rows // 32) * 32 * blocks * 80
-    back = untile_weight(tiles, tile_norms, rows)
+    tiles, tile_norms = tile_weight(packed, norms, bits)
+    assert tiles.nbytes == -(-rows // 32) * 32 * blocks * 16 * max(4, bits)
+    back = untile_weight(tiles, tile_norms, rows, bits)
     assert torch.equal(back[0], packed)
     assert torch.equal(back[1], norms)
 
@@ -51,27 +53,29 @@ def test_tiling_is_undone_exactly(device: torch.device, shape: tuple[int, int]) 
 def test_tiling_in_steps_changes_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = pack_codes(torch.randint(0, 32, (200, 384), device=device), 5)
     norms = torch.rand(200, 3, device=device).half()
-    whole = tile_weight(packed, norms)
+    whole = tile_weight(packed, norms, 5)
     monkeypatch.setattr("polar_kernels.tiles._CHUNK_TILES", 3)
-    assert all(torch.equal(a, b) for a, b in zip(whole, tile_weight(packed, norms), strict=True))
-    assert torch.equal(untile_weight(*whole, 200)[0], packed)
+    assert all(torch.equal(a, b) for a, b in zip(whole, tile_weight(packed, norms, 5), strict=True))
+    assert torch.equal(untile_weight(*whole, 200, 5)[0], packed)
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_of_tiles(device: torch.device, shape: tuple[int, int]) -> None:
+def test_rows_of_tiles(device: torch.device, shape: tuple[int, int], bits: int) -> None:
     rows, blocks = shape[0], -(-shape[1] // 128)
-    packed = pack_codes(torch.randint(0, 32, (rows, blocks * 128), device=device), 5)
+    packed = pack_codes(torch.randint(0, 1 << bits, (rows, blocks * 128), device=device), bits)
     norms = torch.rand(rows, blocks, device=device).half()
     wanted = torch.randint(0, rows, (40,), device=device)
-    found = untile_rows(*tile_weight(packed, norms), wanted, rows)
+    found = untile_rows(*tile_weight(packed, norms, bits), wanted, rows, bits)
     assert torch.equal(found[0], packed[wanted])
     assert torch.equal(found[1], norms[wanted])
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("lead", [(), (7,), (2, 3), (0,)])
-def test_lookup(device, tiled, relative_error, rounding, lead: tuple[int, ...], ids_dtype: torch.dtype) -> None:
-    tiles, stored = tiled(70, 200)
+def test_lookup(device, tiled, relative_error, rounding, lead: tuple[int, ...], bits: int, ids_dtype) -> None:
+    tiles, stored = tiled(70, 200, bits=bits)
     ids = torch.randint(0, 70, lead, device=device, dtype=ids_dtype)
     rows = ops.tiled_embedding(ids, *tiles, 70, 200, torch.float16)
     assert rows.shape == (*lead, 200)
@@ -94,12 +98,13 @@ def test_lookup_outside_the_table(device: torch.device, tiled, wrong: int) -> No
 def test_neither_way_looks_at_values() -> None:
     """As it must not where a CUDA graph is captured; a meta tensor has none to look at."""
     packed = torch.empty(70, 240, dtype=torch.uint8, device="meta")
-    tiles = tile_weight(packed, torch.empty(70, 3, dtype=torch.float16, device="meta"))
-    assert [tensor.shape for tensor in untile_weight(*tiles, 70)] == [(70, 240), (70, 3)]
+    tiles = tile_weight(packed, torch.empty(70, 3, dtype=torch.float16, device="meta"), 5)
+    assert [tensor.shape for tensor in untile_weight(*tiles, 70, 5)] == [(70, 240), (70, 3)]
 
 
-def test_half_integers_are_close_to_the_levels() -> None:
-    positive = lloyd_max_levels(5)[16:]
+@pytest.mark.parametrize("bits", BITS)
+def test_half_integers_are_close_to_the_levels(bits: int) -> None:
+    positive = lloyd_max_levels(bits)[1 << (bits - 1) :]
     steps, delta = half_integer_levels(positive)
     assert steps.min() >= 0
     assert steps.max() <= 127
@@ -109,7 +114,8 @@ def test_half_integers_are_close_to_the_levels() -> None:
 def test_tables_that_have_tiles() -> None:
     assert is_tileable(lloyd_max_levels(5))
     assert is_tileable(published_levels(5))
-    assert not is_tileable(lloyd_max_levels(4))
+    assert is_tileable(lloyd_max_levels(2))
+    assert not is_tileable(lloyd_max_levels(6))
     crooked = lloyd_max_levels(5) + 0.01
     assert not is_tileable(crooked)
     with pytest.raises(ArgumentError, match="odd-symmetric"):
@@ -172,7 +178,7 @@ def test_product_of_many_rows_in_parts(
     tiles, stored = tiled(rows, 384)
 
     def fill(tiles, tile_norms, awq_scales, level_table, out) -> None:
-        parts = (*untile_weight(tiles, tile_norms, out.shape[0]), awq_scales, stored[3])
+        parts = (*untile_weight(tiles, tile_norms, out.shape[0], 5), awq_scales, stored[3])
         out.copy_(reference.dequantize(*parts, 384, out.dtype))
 
     monkeypatch.setattr(kernels_tiled, "_SCRATCH_BYTES", 64 * 384 * 2)
@@ -182,6 +188,16 @@ def test_product_of_many_rows_in_parts(
     offset = torch.randn(rows, device=device) if bias else None
     y = kernels_tiled.tiled_linear(x, *tiles, offset, rows, exact=True)
     assert relative_error(y, reference.linear(x.double(), *stored, offset)) < rounding[torch.float16]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("rows", [1, 16, 64, 100, 250])
+def test_product_of_other_bits(device, poisoned, tiled, relative_error, rows: int, exact: bool, bits: int) -> None:
+    tiles, stored = tiled(257, 1152, bits=bits)
+    x = torch.randn(rows, 1152, device=device).half()
+    y = ops.tiled_linear(x, *tiles, None, 257, exact)
+    assert relative_error(y, reference.linear(x.double(), *stored)) < (0.001 if exact else INT8_ERROR)
 
 
 @pytest.mark.parametrize("awq", [False, True])
@@ -200,10 +216,11 @@ def test_product_in_fp32_is_exact(device: torch.device, tiled, relative_error) -
     assert relative_error(ops.tiled_linear(x, *tiles, None, 70), exact) < 1e-6
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [*SHAPES, (40, 204)])
-def test_dequantize(device, tiled, relative_error, rounding, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    tiles, stored = tiled(*shape)
+def test_dequantize(device, poisoned, tiled, relative_error, rounding, shape, dtype: torch.dtype, bits: int) -> None:
+    tiles, stored = tiled(*shape, bits=bits)
     dense = ops.tiled_dequantize(*tiles, *shape, dtype)
     exact = reference.dequantize(*stored, shape[1], torch.float64)
     assert dense.shape == shape
