@@ -124,6 +124,18 @@ class PolarModule(nn.Module):
             return ops.tiled_dequantize(*parts, self._rows, self._columns, dtype)
         return ops.dequantize(self.packed, self.norms, self.awq_scales, self.centroids, self._columns, dtype)
 
+    def dequantize_into(self, out: torch.Tensor) -> torch.Tensor:
+        """Write the weight W_hat into `out` [rows, columns], fp16, bf16 or fp32, contiguous, and return it.
+
+        Raises: ArgumentError for another shape, dtype or device.
+        """
+        if self.tiles is not None:
+            parts = (self.tiles, self.tile_norms, self.awq_scales, self.level_table, self.centroids)
+            ops.tiled_dequantize_into(*parts, out)
+        else:
+            ops.dequantize_into(self.packed, self.norms, self.awq_scales, self.centroids, out)
+        return out
+
     def settle(self) -> None:
         """Bring the weight into the layout that the device it is on multiplies from. Call after writing the buffers."""
         if self._wants_tiles():

@@ -5,14 +5,16 @@
 | linear | reference.linear | kernels.matmul, which calls kernels.rotate |
 | rotate | reference.rotate | kernels.rotate |
 | dequantize | reference.dequantize | kernels.dequantize |
+| dequantize_into | reference.dequantize | kernels.dequantize |
 | embedding | reference.embedding | kernels.dequantize |
 | tiled_linear | reference.linear | kernels.tiled: exact_matmul, int8_matmul, int8_wgmma, dense, by rows |
-| tiled_dequantize | reference.dequantize | kernels.tiled |
+| tiled_dequantize, tiled_dequantize_into | reference.dequantize | kernels.tiled |
 | tiled_embedding | reference.dequantize | kernels.dequantize |
 
 The tiled operators take a weight in the GPU's layout (`tiles.py`), the others the stored one.
 
-`Library.define` rather than `custom_op`: half the dispatch cost per call. Operators are functional; checks look at
+`Library.define` rather than `custom_op`: half the dispatch cost per call. Operators are functional, but for those that
+end in `_into`; checks look at
 shapes, dtypes and devices only, never at values, so nothing synchronises.
 """
 
@@ -35,11 +37,13 @@ _WEIGHT = "Tensor packed, Tensor norms, Tensor? awq_scales, Tensor centroids"
 _library.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor")
 _library.define("rotate(Tensor x, Tensor? awq_scales) -> Tensor")
 _library.define(f"dequantize({_WEIGHT}, int in_features, ScalarType dtype) -> Tensor")
+_library.define(f"dequantize_into({_WEIGHT}, Tensor(a!) out) -> ()")
 _library.define(f"embedding(Tensor ids, {_WEIGHT}, int embedding_dim, ScalarType dtype) -> Tensor")
 
 _TILED = "Tensor tiles, Tensor tile_norms, Tensor? awq_scales, Tensor level_table, Tensor centroids"
 _library.define(f"tiled_linear(Tensor x, {_TILED}, Tensor? bias, int out_features, bool exact=False) -> Tensor")
 _library.define(f"tiled_dequantize({_TILED}, int out_features, int in_features, ScalarType dtype) -> Tensor")
+_library.define(f"tiled_dequantize_into({_TILED}, Tensor(a!) out) -> ()")
 _library.define(
     f"tiled_embedding(Tensor ids, {_TILED}, int out_features, int embedding_dim, ScalarType dtype) -> Tensor"
 )
@@ -94,6 +98,21 @@ def _check_dequantize(
 ) -> None:
     _check_float("dtype", dtype)
     check_weight(packed, norms, awq_scales, centroids, in_features)
+
+
+def _check_out(out: torch.Tensor, rows: int | None, device: torch.device) -> None:
+    """rows: as many as the weight has, or None where its other parts are held against `out`."""
+    _check_float("out", out.dtype)
+    _check_device("out", out, device)
+    if out.dim() != 2 or (rows is not None and out.shape[0] != rows):
+        raise ArgumentError(f"out must be [{rows or 'N'}, K], found {list(out.shape)}")
+    if not out.is_contiguous():
+        raise ArgumentError(f"out must be contiguous, found strides {out.stride()}")
+
+
+def _check_dequantize_into(packed, norms, awq_scales, centroids, out):
+    _check_out(out, packed.shape[0], packed.device)
+    check_weight(packed, norms, awq_scales, centroids, out.shape[1])
 
 
 def _check_embedding(
@@ -153,6 +172,11 @@ def _check_tiled_dequantize(tiles, tile_norms, awq_scales, level_table, centroid
     _check_tiles(tiles, tile_norms, awq_scales, level_table, centroids, out_features, in_features)
 
 
+def _check_tiled_dequantize_into(tiles, tile_norms, awq_scales, level_table, centroids, out):
+    _check_out(out, None, tiles.device)
+    _check_tiles(tiles, tile_norms, awq_scales, level_table, centroids, *out.shape)
+
+
 def _check_tiled_embedding(
     ids, tiles, tile_norms, awq_scales, level_table, centroids, out_features, embedding_dim, dtype
 ):
@@ -203,6 +227,11 @@ def _tiled_dequantize_cpu(tiles, tile_norms, awq_scales, level_table, centroids,
     return reference.dequantize(packed, norms, awq_scales, centroids, in_features, dtype)
 
 
+def _tiled_dequantize_into_cpu(tiles, tile_norms, awq_scales, level_table, centroids, out):
+    packed, norms = untile_weight(tiles, tile_norms, out.shape[0], bits_of(centroids))
+    out.copy_(reference.dequantize(packed, norms, awq_scales, centroids, out.shape[1], out.dtype))
+
+
 def _tiled_linear_cuda(x, tiles, tile_norms, awq_scales, level_table, centroids, bias, out_features, exact=False):
     from polar_kernels.kernels.tiled import tiled_linear
 
@@ -216,6 +245,12 @@ def _tiled_dequantize_cuda(*args):
     from polar_kernels.kernels.tiled import tiled_dequantize
 
     return tiled_dequantize(*args)
+
+
+def _tiled_dequantize_into_cuda(*args):
+    from polar_kernels.kernels.tiled import tiled_dequantize_into
+
+    tiled_dequantize_into(*args)
 
 
 def _tiled_linear_fake(x, tiles, tile_norms, awq_scales, level_table, centroids, bias, out_features, exact=False):
@@ -248,6 +283,16 @@ def _dequantize_cuda(packed, norms, awq_scales, centroids, in_features, dtype):
     return dequantize_rows(None, packed, norms, awq_scales, centroids, in_features, dtype)
 
 
+def _dequantize_into_cpu(packed, norms, awq_scales, centroids, out):
+    out.copy_(reference.dequantize(packed, norms, awq_scales, centroids, out.shape[1], out.dtype))
+
+
+def _dequantize_into_cuda(packed, norms, awq_scales, centroids, out):
+    from polar_kernels.kernels.dequantize import write_rows
+
+    write_rows(None, packed, norms, awq_scales, centroids, out)
+
+
 def _embedding_cuda(ids, packed, norms, awq_scales, centroids, embedding_dim, dtype):
     from polar_kernels.kernels.dequantize import dequantize_rows
 
@@ -271,15 +316,19 @@ def _embedding_fake(ids, packed, norms, awq_scales, centroids, embedding_dim, dt
     return packed.new_empty(*ids.shape, embedding_dim, dtype=dtype)
 
 
+def _nothing(*args: object) -> None:
+    """The fake of an operator that only writes into what it was given."""
+
+
 def _register(name: str, check: Callable, cpu: Callable, cuda: Callable, fake: Callable) -> None:
     def checked(implementation: Callable) -> Callable:
-        def run(*args: Any) -> torch.Tensor:
+        def run(*args: Any) -> torch.Tensor | None:
             check(*args)
             return implementation(*args)
 
         return run
 
-    def guarded(*args: Any) -> torch.Tensor:
+    def guarded(*args: Any) -> torch.Tensor | None:
         device = next(a for a in args if isinstance(a, torch.Tensor)).device
         with torch.cuda.device(device):  # Triton launches on the current GPU, whatever its arguments live on
             return cuda(*args)
@@ -292,6 +341,7 @@ def _register(name: str, check: Callable, cpu: Callable, cuda: Callable, fake: C
 _register("linear", _check_linear, reference.linear, _linear_cuda, _linear_fake)
 _register("rotate", _check_rotate, reference.rotate, _rotate_cuda, _rotate_fake)
 _register("dequantize", _check_dequantize, reference.dequantize, _dequantize_cuda, _dequantize_fake)
+_register("dequantize_into", _check_dequantize_into, _dequantize_into_cpu, _dequantize_into_cuda, _nothing)
 _register("embedding", _check_embedding, reference.embedding, _embedding_cuda, _embedding_fake)
 _register("tiled_linear", _check_tiled_linear, _tiled_linear_cpu, _tiled_linear_cuda, _tiled_linear_fake)
 _register(
@@ -301,14 +351,23 @@ _register(
     _tiled_dequantize_cuda,
     _tiled_dequantize_fake,
 )
+_register(
+    "tiled_dequantize_into",
+    _check_tiled_dequantize_into,
+    _tiled_dequantize_into_cpu,
+    _tiled_dequantize_into_cuda,
+    _nothing,
+)
 _register("tiled_embedding", _check_tiled_embedding, _tiled_embedding_cpu, _tiled_embedding_cuda, _tiled_embedding_fake)
 
 linear = torch.ops.polar.linear.default
 rotate = torch.ops.polar.rotate.default
 dequantize = torch.ops.polar.dequantize.default
+dequantize_into = torch.ops.polar.dequantize_into.default
 embedding = torch.ops.polar.embedding.default
 tiled_linear = torch.ops.polar.tiled_linear.default
 tiled_dequantize = torch.ops.polar.tiled_dequantize.default
+tiled_dequantize_into = torch.ops.polar.tiled_dequantize_into.default
 tiled_embedding = torch.ops.polar.tiled_embedding.default
 
 

@@ -62,6 +62,20 @@ def dequantize_rows(
     """Rows `ids` [R] int of W_hat (all of them when None): [R, in_features] in `dtype`; NaN for an id not in 0..N-1."""
     count = packed.shape[0] if ids is None else ids.numel()
     out = torch.empty(count, in_features, dtype=storable(dtype), device=packed.device)
+    write_rows(ids, packed, norms, awq_scales, centroids, out)
+    return out.to(dtype)
+
+
+def write_rows(
+    ids: torch.Tensor | None,
+    packed: torch.Tensor,
+    norms: torch.Tensor,
+    awq_scales: torch.Tensor | None,
+    centroids: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """The same into `out` [R, in_features], contiguous."""
+    count, in_features = out.shape
     if out.numel():
         _dequantize_kernel[(triton.cdiv(count, _ROWS_PER_PROGRAM), norms.shape[1])](
             ids_ptr=ids,
@@ -81,4 +95,3 @@ def dequantize_rows(
             ROWS=_ROWS_PER_PROGRAM,
             num_warps=4,
         )
-    return out.to(dtype)

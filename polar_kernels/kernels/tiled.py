@@ -30,7 +30,7 @@ _SMALL_TILES = 4096
 _WGMMA_ROWS = 192
 _NARROW_ONLY_ROWS = 2 * int8_matmul.MAX_ROWS  # int8_matmul on GPUs without wgmma
 _SCRATCH_BYTES = 32 << 20  # of dense weight that a dense product holds at a time
-_STORE_COLUMNS = 8  # the one-shot kernel writes 16 bytes at a time
+_STORE_BYTES, _STORE_COLUMNS = 16, 8  # the one-shot kernel writes so many at a time
 
 
 def tiled_linear(
@@ -109,12 +109,26 @@ def tiled_dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The weight W_hat [N, K] in `dtype`."""
-    if dtype == torch.float32 or in_features % _STORE_COLUMNS or not out_features:
-        packed, norms = untile_weight(tiles, tile_norms, out_features, bits_of(centroids))
-        return dequantize.dequantize_rows(None, packed, norms, awq_scales, centroids, in_features, dtype)
     out = torch.empty(out_features, in_features, dtype=dtype, device=tiles.device)
-    dequantize_tiles(tiles, tile_norms, awq_scales, level_table, out)
+    tiled_dequantize_into(tiles, tile_norms, awq_scales, level_table, centroids, out)
     return out
+
+
+def tiled_dequantize_into(
+    tiles: torch.Tensor,
+    tile_norms: torch.Tensor,
+    awq_scales: torch.Tensor | None,
+    level_table: torch.Tensor,
+    centroids: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """The same into `out` [N, K], contiguous."""
+    out_features, in_features = out.shape
+    if out.dtype == torch.float32 or in_features % _STORE_COLUMNS or out.data_ptr() % _STORE_BYTES:
+        packed, norms = untile_weight(tiles, tile_norms, out_features, bits_of(centroids))
+        dequantize.write_rows(None, packed, norms, awq_scales, centroids, out)
+    elif out_features:
+        dequantize_tiles(tiles, tile_norms, awq_scales, level_table, out)
 
 
 def supports(device: torch.device) -> bool:

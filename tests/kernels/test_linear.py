@@ -216,6 +216,30 @@ def test_dequantize(layer: PolarLinear, relative_error, rounding, dtype: torch.d
     assert layer.dequantize().dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize("table", ["tiled", "stored"])
+def test_dequantize_into(device: torch.device, layer: PolarLinear, table: str, dtype: torch.dtype) -> None:
+    if table == "tiled":
+        layer = PolarLinear.from_linear(nn.Linear(K, N, device=device))
+    out = torch.full((N, K), torch.nan, device=device, dtype=dtype)
+    assert layer.dequantize_into(out) is out
+    assert torch.equal(out, layer.dequantize(dtype))
+    shifted = torch.empty(N * K + 1, device=device, dtype=dtype)[1:].view(N, K)  # not where 16 bytes begin
+    assert torch.allclose(layer.dequantize_into(shifted), out, rtol=2**-6, atol=1e-6)
+
+
+def test_dequantize_into_something_wrong(device: torch.device, layer: PolarLinear) -> None:
+    for out, found in (
+        (torch.empty(N, K, device=device, dtype=torch.float64), "out must be float16"),
+        (torch.empty(N, K + 1, device=device), r"must be .*200|awq_scales must be"),
+        (torch.empty(N + 1, K, device=device), r"out must be \[37, K\]"),
+        (torch.empty(K, N, device=device).T, "out must be contiguous"),
+        (torch.empty(N, K, device="meta"), "out is on meta"),
+    ):
+        with pytest.raises(ArgumentError, match=found):
+            layer.dequantize_into(out)
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_copies(device: torch.device, layer: PolarLinear, duplicate) -> None:
     twin, x = duplicate(layer), torch.randn(3, K, device=device)

@@ -263,7 +263,7 @@ def test_gradients(device: torch.device, tiled, relative_error) -> None:
     assert torch.allclose(offset.grad, grad.sum(0))
 
 
-@pytest.mark.parametrize("op", ["linear", "dequantize", "embedding"])
+@pytest.mark.parametrize("op", ["linear", "dequantize", "dequantize_into", "embedding"])
 def test_opcheck(device: torch.device, tiled, op: str) -> None:
     tiles, _ = tiled(37, 200)
     if op == "linear":
@@ -271,6 +271,8 @@ def test_opcheck(device: torch.device, tiled, op: str) -> None:
         torch.library.opcheck(ops.tiled_linear, args)
     elif op == "dequantize":
         torch.library.opcheck(ops.tiled_dequantize, (*tiles, 37, 200, torch.bfloat16))
+    elif op == "dequantize_into":
+        torch.library.opcheck(ops.tiled_dequantize_into, (*tiles, torch.zeros(37, 200, device=device).half()))
     else:
         ids = torch.tensor([[3, 36]], device=device)
         torch.library.opcheck(ops.tiled_embedding, (ids, *tiles, 37, 200, torch.bfloat16))
