@@ -43,21 +43,17 @@ class Cublas(Provider):
 
 
 class Polar(Provider):
-    """This package at 5 bits, rotation of the activation included."""
+    """This package, rotation of the activation included."""
 
-    name = "polar 5-bit"
-
-    def __init__(self, mode: str) -> None:
-        self.mode = mode
+    def __init__(self, mode: str, bits: int = 5) -> None:
+        self.name, self.mode, self.bits = f"polar {bits}-bit", mode, bits
         self.max_error = 0.012 if mode == "int8" else 0.004
-        if mode == "exact":
-            self.max_rows = 64  # from there on it is far from being of use
 
     def bytes(self, rows: int, columns: int) -> int:
-        return rows * (packed_size(columns, 5) + columns // 64)
+        return rows * (packed_size(columns, self.bits) + columns // 64)
 
     def make(self, rows: int, columns: int) -> tuple[Call, Callable[[], torch.Tensor]]:
-        layer = random_layer(rows, columns)
+        layer = random_layer(rows, columns, self.bits)
         layer.activation = self.mode  # type: ignore[assignment]
         return layer, layer.dequantize
 
@@ -84,14 +80,14 @@ class Tinygemm(Provider):
         return (lambda x: torch._weight_int4pack_mm(x, packed, 128, scales)), dense
 
 
-def random_layer(rows: int, columns: int) -> PolarLinear:
-    """A 5-bit layer of random codes, on the GPU."""
+def random_layer(rows: int, columns: int, bits: int = 5) -> PolarLinear:
+    """A layer of random codes, on the GPU."""
     blocks = columns // 128
-    packed = torch.randint(0, 256, (rows, packed_size(columns, 5)), device="cuda", dtype=torch.uint8)
+    packed = torch.randint(0, 256, (rows, packed_size(columns, bits)), device="cuda", dtype=torch.uint8)
     norms = torch.rand(rows, blocks, device="cuda").add(0.5).half()
-    table = lloyd_max_levels(5).cuda()
+    table = lloyd_max_levels(bits).cuda()
     return PolarLinear.from_weight(PolarWeight(packed, norms, None, table, columns))
 
 
 def providers() -> list[Provider]:
-    return [Cublas(), Polar("int8"), Polar("exact"), Tinygemm()]
+    return [Cublas(), Polar("int8"), Polar("exact"), Polar("int8", bits=4), Tinygemm()]

@@ -375,3 +375,49 @@ def test_graph_capture(device: torch.device, rows: int, activation: str) -> None
 def _parts(layer: PolarLinear) -> tuple:
     weight = layer.polar_weight
     return weight.packed, weight.norms, weight.awq_scales, weight.centroids
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("rows", [4, 40, 100, 300])
+def test_activations_in_any_stride(device: torch.device, tiled, rows: int, exact: bool) -> None:
+    tiles, _ = tiled(257, 1152)
+    x = torch.randn(1, 1152, device=device).half()
+    expanded = x.expand(rows, 1152)
+    assert torch.equal(
+        ops.tiled_linear(expanded, *tiles, None, 257, exact),
+        ops.tiled_linear(expanded.clone(), *tiles, None, 257, exact),
+    )
+    strided = torch.randn(1152, 2 * rows, device=device).half().T[::2]
+    assert torch.equal(
+        ops.tiled_linear(strided, *tiles, None, 257, exact), ops.tiled_linear(strided.clone(), *tiles, None, 257, exact)
+    )
+
+
+@pytest.mark.gpu
+def test_a_weight_of_more_than_2_to_the_31_elements(device: torch.device, relative_error) -> None:
+    rows, columns = 262400, 8192
+    packed = torch.randint(0, 256, (rows, columns * 5 // 8), dtype=torch.uint8, device=device)
+    norms = torch.rand(rows, columns // 128, device=device).add(0.5).half()
+    last = slice(rows - 64, rows)
+    end = (packed[last].clone(), norms[last].clone(), None, lloyd_max_levels(5).to(device))
+    tiles = (*tile_weight(packed, norms, 5), None, level_table(end[3]), end[3])
+    del packed, norms
+    for count in (1, 40):
+        for exact in (False, True):
+            x = torch.randn(count, columns, device=device).half()
+            y = ops.tiled_linear(x, *tiles, None, rows, exact)[:, last]
+            assert relative_error(y, reference.linear(x.double(), *end)) < 1.5 * INT8_ERROR
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_that_is_not_the_current_one(relative_error) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    layer = PolarLinear.from_linear(torch.nn.Linear(1152, 257, device="cuda:1"))
+    for rows in (3, 40, 100, 300):
+        x = torch.randn(rows, 1152, device="cuda:1").half()
+        exact = reference.linear(x.double(), *_parts(layer), layer.bias)
+        assert relative_error(layer(x), exact) < INT8_ERROR
+    with pytest.raises(ArgumentError, match="is on cuda:1 but should be on cuda:0"):
+        layer(torch.randn(3, 1152, device="cuda:0").half())

@@ -1,0 +1,39 @@
+"""Every kernel of the tile layout once under compute-sanitizer, which sees each access outside what was allocated."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+CALLS = """
+import torch
+from polar_kernels import PolarLinear
+from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
+torch.manual_seed(0)
+for bits in (4, 5):
+    layer = PolarLinear.from_linear(torch.nn.Linear(392, 70, device="cuda"), bits, awq_scales=torch.ones(392))
+    assert layer.tiles is not None
+    for activation in ("int8", "exact"):
+        layer.activation = activation
+        for rows in (1, 9, 40):
+            layer(torch.randn(rows, 392, device="cuda").half())
+    parts = (layer.tiles, layer.tile_norms, layer.awq_scales, layer.level_table, layer.bias)
+    if torch.cuda.get_device_capability() == (9, 0):
+        for splits in (1, 2):
+            int8_wgmma_linear(torch.randn(70, 392, device="cuda").half(), *parts, 70, splits)
+    layer.dequantize()
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+def test_no_access_outside_what_was_allocated() -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor an allocation of its own
+    command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", CALLS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
