@@ -71,7 +71,7 @@ def test_a_measurement(device: torch.device) -> None:
     results, (read, copy) = kernels.run([(1024, 1024)], [1, 8])
     assert read > 1e11
     assert copy > 1e11
-    assert {row.provider for row in results} == {"cuBLAS", "polar 5-bit", "tinygemm"}
+    assert {row.provider for row in results} == {"cuBLAS", "polar 5-bit", "polar 4-bit", "tinygemm"}
     assert all(row.microseconds for row in results)
     x = torch.zeros(1 << 20, device=device)
     assert 0 < time_calls([lambda: x.add_(1)], replays=5).microseconds < 1e4

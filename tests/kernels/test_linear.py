@@ -218,14 +218,17 @@ def test_dequantize(layer: PolarLinear, relative_error, rounding, dtype: torch.d
 
 @pytest.mark.parametrize("dtype", ops.FLOATS)
 @pytest.mark.parametrize("table", ["tiled", "stored"])
-def test_dequantize_into(device: torch.device, layer: PolarLinear, table: str, dtype: torch.dtype) -> None:
+def test_dequantize_into(
+    device: torch.device, layer: PolarLinear, relative_error, rounding, table: str, dtype: torch.dtype
+) -> None:
     if table == "tiled":
         layer = PolarLinear.from_linear(nn.Linear(K, N, device=device))
     out = torch.full((N, K), torch.nan, device=device, dtype=dtype)
     assert layer.dequantize_into(out) is out
     assert torch.equal(out, layer.dequantize(dtype))
     shifted = torch.empty(N * K + 1, device=device, dtype=dtype)[1:].view(N, K)  # not where 16 bytes begin
-    assert torch.allclose(layer.dequantize_into(shifted), out, rtol=2**-6, atol=1e-6)
+    # From tiles another kernel writes there, whose roundings are others.
+    assert relative_error(layer.dequantize_into(shifted), out) < 2 * rounding[dtype]
 
 
 def test_dequantize_into_something_wrong(device: torch.device, layer: PolarLinear) -> None:
