@@ -3,6 +3,7 @@
 from polar_kernels.codebook import lloyd_max_levels, published_levels
 from polar_kernels.embedding import PolarEmbedding, TiedPolarHead
 from polar_kernels.errors import ArgumentError, PolarError, QuantizationError
+from polar_kernels.group import PolarGroup
 from polar_kernels.hadamard import BLOCK_SIZE
 from polar_kernels.linear import PolarLinear
 from polar_kernels.module import NoDenseWeightError, PolarModule
@@ -17,6 +18,7 @@ __all__ = [
     "NoDenseWeightError",
     "PolarEmbedding",
     "PolarError",
+    "PolarGroup",
     "PolarLinear",
     "PolarModule",
     "PolarWeight",

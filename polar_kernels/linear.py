@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from polar_kernels.errors import ArgumentError
+from polar_kernels.group import PolarGroup
 from polar_kernels.module import PolarModule
 from polar_kernels.quantize import quantize_weight
 from polar_kernels.weight import PolarWeight
@@ -29,6 +31,7 @@ class PolarLinear(PolarModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         """An all-zero layer to load a state dict into. `awq` says whether it has awq_scales; `dtype` is the bias's."""
+        self._place: tuple[PolarGroup, int] | None = None  # a tuple, so that the group is not registered as a child
         super().__init__(out_features, in_features, bits, awq, device)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
@@ -60,7 +63,29 @@ class PolarLinear(PolarModule):
         return self._dense(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._place is not None and self._place[0].is_merged:
+            group, index = self._place
+            return group.output_of(index, x)
+        return self.multiply_alone(x)
+
+    def multiply_alone(self, x: torch.Tensor) -> torch.Tensor:
+        """The product whether or not the layer is in a group."""
         return self._multiply(x, self.bias)
+
+    def join(self, group: PolarGroup, index: int) -> None:
+        """Become member `index` of a group. Raises ArgumentError for a layer that is in one already."""
+        if self._place is not None:
+            raise ArgumentError("the layer is in a group already: dissolve that one first")
+        self._place = group, index
+
+    def leave(self) -> None:
+        self._place = None
+
+    def settle(self) -> None:
+        super().settle()
+        if self._place is not None:
+            group, index = self._place
+            group.member_changed(index)
 
     def extra_repr(self) -> str:
         return (
