@@ -2,6 +2,7 @@
 
 from model_patch.config import PolarQuantConfig
 from model_patch.errors import CheckpointError, ConfigError, OutputError, UnsupportedModelError
+from model_patch.groups import group_projections, ungroup_projections
 from model_patch.hf import register
 from model_patch.load import load_model
 from model_patch.patch import PatchReport, patch_model, set_activation
@@ -17,10 +18,12 @@ __all__ = [
     "PolarQuantConfig",
     "UnsupportedModelError",
     "__version__",
+    "group_projections",
     "load_model",
     "patch_model",
     "register",
     "set_activation",
+    "ungroup_projections",
 ]
 
 register()

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from model_patch.architectures import Kind, LayerPlan, check_model_type, role_of
 from model_patch.config import PolarQuantConfig
 from model_patch.errors import UnsupportedModelError
+from model_patch.groups import ungroup_projections
 from polar_kernels import PolarEmbedding, PolarError, PolarLinear, PolarModule, TiedPolarHead
 from polar_kernels.module import Activation
 
@@ -110,6 +111,7 @@ def set_module(model: PreTrainedModel, name: str, module: nn.Module) -> None:
 
 def dequantize_model(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Replace every quantised layer by a plain one holding its dequantised weight in `dtype`, in place."""
+    ungroup_projections(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, PolarLinear):
             set_module(model, name, _dense_linear(module, dtype))

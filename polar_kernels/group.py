@@ -81,7 +81,7 @@ class PolarGroup(nn.Module):
         self._merged, self._slices, self._last = None, (), None
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if self._merged is None:
+        if self._merged is None or len({member.activation for member in self._members}) > 1:
             return tuple(member.multiply_alone(x) for member in self._members)
         first = self._members[0]
         biases = [member.bias for member in self._members if member.bias is not None]

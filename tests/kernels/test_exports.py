@@ -24,6 +24,7 @@ def test_public_names() -> None:
         "NoDenseWeightError",
         "PolarEmbedding",
         "PolarError",
+        "PolarGroup",
         "PolarLinear",
         "PolarModule",
         "PolarWeight",
