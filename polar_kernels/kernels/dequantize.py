@@ -94,4 +94,5 @@ def write_rows(
             HAS_SCALES=awq_scales is not None,
             ROWS=_ROWS_PER_PROGRAM,
             num_warps=4,
+            enable_fp_fusion=True,
         )

@@ -142,6 +142,7 @@ def exact_linear(
         WARPS=warps,
         HAS_BIAS=bias is not None,
         num_warps=warps,
+        enable_fp_fusion=True,
         num_stages=1,
         launch_pdl=True,
         maxnreg=96 if groups == 1 else None,

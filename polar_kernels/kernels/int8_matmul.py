@@ -141,6 +141,7 @@ def int8_linear(
         WARPS=warps,
         HAS_BIAS=bias is not None,
         num_warps=warps,
+        enable_fp_fusion=True,
         num_stages=1,
         launch_pdl=True,
         maxnreg=80 if groups == 1 and warps == 8 else None,

@@ -225,6 +225,7 @@ def int8_wgmma_linear(
         WARPS=_WARPS,
         HAS_BIAS=bias is not None and splits == 1,
         num_warps=_WARPS,
+        enable_fp_fusion=True,
         num_stages=1,
         launch_pdl=True,
         maxnreg=128,
@@ -240,6 +241,7 @@ def int8_wgmma_linear(
             HAS_BIAS=bias is not None,
             SIZE=_SUM_SIZE,
             num_warps=4,
+            enable_fp_fusion=True,
             launch_pdl=True,
         )
     return out

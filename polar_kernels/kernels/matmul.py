@@ -96,6 +96,7 @@ def matmul(
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             num_warps=4,
+            enable_fp_fusion=True,
             num_stages=1,  # more would send each table look-up through an asynchronous copy of four bytes
         )
     return out.to(dtype)

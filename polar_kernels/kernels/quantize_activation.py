@@ -137,6 +137,7 @@ def quantize_activation(
         HAS_SCALES=awq_scales is not None,
         WARPS=_WARPS,
         num_warps=_WARPS,
+        enable_fp_fusion=True,
         launch_pdl=True,
     )
     return words, meta
@@ -160,6 +161,7 @@ def quantize_chunks(x: torch.Tensor, awq_scales: torch.Tensor | None, table: tor
         HAS_SCALES=awq_scales is not None,
         WARPS=_WARPS,
         num_warps=_WARPS,
+        enable_fp_fusion=True,
         launch_pdl=True,
     )
     return words

@@ -44,5 +44,6 @@ def rotate(x: torch.Tensor, awq_scales: torch.Tensor | None, gain: float = 1.0) 
             HAS_SCALES=awq_scales is not None,
             BLOCKS=_BLOCKS_PER_PROGRAM,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return out

@@ -56,6 +56,7 @@ def rotate_activation(x: torch.Tensor, awq_scales: torch.Tensor | None, padded_r
         HAS_SCALES=awq_scales is not None,
         WARPS=_WARPS,
         num_warps=_WARPS,
+        enable_fp_fusion=True,
         launch_pdl=True,
     )
     return words

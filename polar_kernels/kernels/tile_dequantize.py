@@ -170,4 +170,5 @@ def dequantize_tiles(
         HAS_SCALES=awq_scales is not None,
         WARPS=_WARPS,
         num_warps=_WARPS,
+        enable_fp_fusion=True,
     )
