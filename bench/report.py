@@ -6,8 +6,10 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +25,46 @@ Result = dict[str, Any]
 
 def assemble(measurements: list[Measurement], rates: tuple[float, float]) -> Result:
     """The result as it is written to JSON."""
-    import triton
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {"polar": __version__, "torch": torch.__version__, "triton": triton.__version__},
-        "cuda": torch.version.cuda,
-        "commit": _commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    return describe() | {
         "read_bytes_per_second": rates[0],
         "copy_bytes_per_second": rates[1],
         "rows": [asdict(measurement) for measurement in measurements],
     }
 
 
+def describe() -> Result:
+    """What a result was measured on and with."""
+    versions = {"polar": __version__}
+    for name in ("torch", "triton", "transformers"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "versions": versions,
+        "cuda": torch.version.cuda,
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
 def write(result: Result, folder: Path) -> Path:
     """Write JSON, CSV and charts; returns the JSON's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = "kernels-" + result["gpu"].lower().replace(" ", "-")
-    path = folder / f"{stem}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path = write_json(result, folder, "kernels")
+    stem = path.stem
     with (folder / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Measurement)])
         writer.writeheader()
         writer.writerows(result["rows"])
     _draw_ratios(result, folder / f"{stem}-ratio.png")
     _draw_roofline(result, folder / f"{stem}-roofline.png")
+    return path
+
+
+def write_json(result: Result, folder: Path, kind: str) -> Path:
+    """Write <kind>-<gpu>.json into the folder; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{kind}-{result['gpu'].lower().replace(' ', '-')}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
 
 

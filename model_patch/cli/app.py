@@ -37,8 +37,9 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="polar", cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-for command in (quantize, inspect, verify, generate, ppl, dequantize, convert, env, demo, bench):
+for command in (quantize, inspect, verify, generate, ppl, dequantize, convert, env, demo):
     app.command()(command)
+app.add_typer(bench)
 
 
 def _version(shown: bool) -> None:

@@ -1,23 +1,32 @@
-"""`polar bench`: the kernels' microbenchmarks on this GPU."""
+"""`polar bench`: the kernels' microbenchmarks on this GPU; `polar bench model`: whole models."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from model_patch.cli.options import AsJson, print_json, print_table
+from model_patch.cli.options import AsJson, Device, parse_dtype, pick_device, print_json, print_table
 from model_patch.errors import ConfigError
 from model_patch.progress import progress_bar
 
+bench = typer.Typer(name="bench", invoke_without_command=True, no_args_is_help=False)
+OutFolder = Annotated[Path | None, typer.Option(help="Write the results into this folder.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Fewer sizes, in a minute.")]
 
-def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="Three shapes and three sizes, in a minute.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write JSON, CSV and charts into this folder.")] = None,
+
+@bench.callback()
+def kernels(
+    context: typer.Context,
+    quick: Quick = False,
+    out: OutFolder = None,
     document: Annotated[Path | None, typer.Option(help="Write the results in OUT as this Markdown file.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Time the kernels beside cuBLAS bf16 and tinygemm on the layers of Qwen3.5-9B: needs a GPU."""
+    if context.invoked_subcommand is not None:
+        return
     if not torch.cuda.is_available():
         raise ConfigError("polar bench needs a CUDA GPU, and torch finds none")
     from polar_bench import kernels, report
@@ -34,3 +43,33 @@ def bench(
         print_json(result)
     else:
         print_table(f"{result['gpu']}, {rates[0] / 1e12:.2f} TB/s read", report.COLUMNS, report.table(result))
+
+
+@bench.command()
+def model(
+    config: Annotated[
+        str, typer.Option(help="qwen3.5-9b, or a checkpoint folder or Hub name whose config.json gives the shape.")
+    ] = "qwen3.5-9b",
+    bits: Annotated[int, typer.Option(help="Of the quantised model.")] = 5,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    quick: Quick = False,
+    out: OutFolder = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time prompts and decoding of a model with random weights, quantised and plain, under one runner."""
+    from polar_bench import models, report
+    from polar_bench.random_model import model_config
+
+    target = pick_device(device)
+    makes = models.providers(model_config(config), bits, target, parse_dtype(dtype))
+    sizes = {"prefill": (512,), "contexts": (128,), "batches": (1,)} if quick else {}
+    with progress_bar("bench model") as progress:
+        measurements = models.run(config, makes, **sizes, progress=progress)
+    result = report.describe() | {"rows": [asdict(measurement) for measurement in measurements]}
+    if out is not None:
+        report.write_json(result, out, "model")
+    if as_json:
+        print_json(result)
+    else:
+        print_table(f"{config} on {result['gpu']}", models.COLUMNS, models.table(measurements))

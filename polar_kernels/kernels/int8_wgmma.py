@@ -1,7 +1,7 @@
 """The product for more rows on Hopper: codes decoded to int8 in registers, multiplied by `wgmma`, x in shared memory.
 
 Two warpgroups of a program take 64 rows of the weight each, and both the same rows of x, which travel through a ring in
-shared memory a chunk (up to 64 rows by one 128-block) at a time. The warpgroups run apart: while one waits for its
+shared memory a chunk (64 rows by one 128-block) at a time. The warpgroups run apart: while one waits for its
 product, the other decodes or scales. The integer sums of a block become floats, times the norm of the weight's row and
 the scale of x's row, before the next block.
 

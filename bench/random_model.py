@@ -1,0 +1,60 @@
+"""Models of a true shape with random weights, quantised ones built in their quantised form and never through bf16."""
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen3_5TextConfig
+
+from model_patch.architectures import check_model_type
+from model_patch.config import PolarQuantConfig
+from model_patch.errors import ConfigError
+from model_patch.patch import plan_model, swap_to_empty
+from polar_kernels import PolarModule
+
+# Name -> text config. transformers' defaults are Qwen3.5-9B.
+CONFIGS = {"qwen3.5-9b": Qwen3_5TextConfig}
+
+
+def model_config(name: str) -> PreTrainedConfig:
+    """The config known by this name, or that of a checkpoint folder or Hub name. Raises ConfigError for neither."""
+    if name in CONFIGS:
+        return CONFIGS[name]()
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        known = ", ".join(CONFIGS)
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--config {name!r} is none of {known}, and no checkpoint's: {reason}") from error
+    check_model_type(config.model_type)
+    return config.get_text_config()
+
+
+@torch.no_grad()
+def random_model(
+    config: PreTrainedConfig, bits: int | None, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> PreTrainedModel:
+    """A text model with random weights on `device`: all layers quantised to `bits`, or plain when None."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if bits is not None:
+        plan = plan_model(model, PolarQuantConfig(bits=bits))
+        swap_to_empty(model, plan, awq=True, device=device)
+    for module in model.modules():
+        if isinstance(module, PolarModule):
+            _fill(module)
+        elif any(tensor.is_meta for tensor in _own_tensors(module)):
+            module.to_empty(device=device, recurse=False)
+            model._init_weights(module)
+    return model.eval()
+
+
+def _own_tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def _fill(module: PolarModule) -> None:
+    """Random codes, and norms of a weight with standard deviation 0.02."""
+    assert module.packed is not None  # an empty layer is in its stored form
+    assert module.norms is not None
+    module.packed.random_(0, 256)
+    module.norms.normal_(0.02 * 128**0.5, 0.02)
+    module.settle()
