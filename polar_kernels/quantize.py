@@ -6,6 +6,7 @@ import torch
 
 from polar_kernels.codebook import bits_of, check_bits, check_levels, lloyd_max_levels
 from polar_kernels.errors import ArgumentError, QuantizationError
+from polar_kernels.feedback import prepare_feedback, refine
 from polar_kernels.hadamard import BLOCK_SIZE, pad_blocks, padded_size, transform_blocks
 from polar_kernels.packing import pack_codes, packed_size
 from polar_kernels.weight import PolarWeight
@@ -23,15 +24,17 @@ def quantize_weight(
     awq_scales: torch.Tensor | None = None,
     centroids: torch.Tensor | None = None,
     least_squares: bool = True,
+    moments: torch.Tensor | None = None,
 ) -> PolarWeight:
     """Quantise weight [N, K] of any float dtype, on its device.
 
     awq_scales: [K], finite and positive; rounded to fp16 first, so that what is stored is what was used.
     centroids: another table of levels, fp32 [2^bits] sorted; the converged Lloyd-Max table when None.
     least_squares: store the block scale n * <z, v> / <v, v> (v the chosen levels) in place of the norm n.
+    moments: float [K, K], E[x x^T] of the layer's inputs: choose codes and norms for the error of its outputs.
 
     Raises: QuantizationError for NaN or infinity in the weight (with the index), and for a range that fp16 norms
-    cannot hold; ArgumentError for wrong arguments. An all-zero block gives exact zeros.
+    cannot hold, and for moments that are none; ArgumentError for wrong arguments. An all-zero block gives exact zeros.
     """
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ArgumentError(f"weight must be a 2-D float tensor, found {weight.dtype} {list(weight.shape)}")
@@ -39,17 +42,24 @@ def quantize_weight(
     table = table.to(weight.device, copy=True)  # a layer's own, not the cached or the caller's
     scales = None if awq_scales is None else _check_scales(awq_scales, weight.shape[1]).to(weight.device)
     rows, blocks = weight.shape[0], padded_size(weight.shape[1]) // BLOCK_SIZE
+    feedback = None if moments is None else prepare_feedback(moments, weight.shape[1], scales, weight.device)
     packed = weight.new_empty(rows, packed_size(blocks * BLOCK_SIZE, bits), dtype=torch.uint8)
     norms = weight.new_empty(rows, blocks, dtype=torch.float32)
+    refined = None if feedback is None else torch.empty_like(norms)
     step = max(1, _CHUNK // max(1, weight.shape[1]))
     for start in range(0, rows, step):
         chunk = weight[start : start + step].float()
         _check_finite(chunk, start)
         scaled = pad_blocks(chunk if scales is None else _scale_columns(chunk, scales, start))
         codes, scale = _quantize_blocks(scaled, table, least_squares)
-        packed[start : start + step] = pack_codes(codes, bits)
         norms[start : start + step] = scale
-    return PolarWeight(packed, _to_fp16(norms), scales, table, weight.shape[1])
+        if feedback is not None and refined is not None:
+            # In units of norm * level, whose sqrt(128) the transform's own takes up.
+            codes, scale = refine(transform_blocks(scaled) * math.sqrt(BLOCK_SIZE), codes, scale, table, feedback)
+            refined[start : start + step] = scale
+        packed[start : start + step] = pack_codes(codes, bits)
+    stored = _to_fp16(norms)  # also where they are not what is stored: refined ones are of fp16 values already
+    return PolarWeight(packed, stored if refined is None else _to_fp16(refined), scales, table, weight.shape[1])
 
 
 def _quantize_blocks(

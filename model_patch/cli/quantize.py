@@ -29,6 +29,7 @@ from model_patch.load import find_checkpoint, find_headers
 from model_patch.progress import progress_bar
 from model_patch.quantize import (
     QuantizePlan,
+    calibrated_moments,
     calibrated_scales,
     plan_checkpoint,
     quantize_checkpoint,
@@ -51,6 +52,9 @@ def quantize(
         list[str] | None, typer.Option(metavar="PATTERN=BITS", help="Other bits for layers; repeatable, the last wins.")
     ] = None,
     awq: Annotated[bool | None, typer.Option("--awq/--no-awq", help="AWQ scales; the default but for absmax.")] = None,
+    feedback: Annotated[
+        bool, typer.Option("--feedback/--no-feedback", help="Choose codes for the error of the layers' outputs.")
+    ] = False,
     calibration: Annotated[Path | None, typer.Option(help="Text file; an excerpt of WikiText-2 by default.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to calibrate on.")] = CALIBRATION_WINDOWS,
     method: Annotated[Method, typer.Option(help="absmax writes the rounded baseline, in plain bf16.")] = Method.polar,
@@ -65,10 +69,13 @@ def quantize(
 ) -> None:
     """Quantise MODEL into the folder OUT, one tensor and one output shard in memory at a time.
 
-    Calibration (--awq) loads the model as a whole. Patterns are layer names with the shell's wildcards.
+    Calibration (--awq, --feedback) loads the model as a whole; --feedback also runs it backwards, and gains most with
+    --no-awq. Patterns are layer names with the shell's wildcards.
     """
     if method is Method.absmax and awq:
         raise ConfigError("--method absmax has no AWQ scales: leave out --awq")
+    if method is Method.absmax and feedback:
+        raise ConfigError("--method absmax has no error feedback: leave out --feedback")
     awq = method is Method.polar if awq is None else awq
     left = [*(exclude or []), *([] if embeddings else ["embed_tokens"]), *([] if lm_head else ["lm_head"])]
     config = PolarQuantConfig(bits, _parse_bits_for(bits_for or []), left)
@@ -81,10 +88,16 @@ def quantize(
     target = pick_device(device)
     plan = plan_checkpoint(find_checkpoint(model), config, awq)
     scales: dict[str, torch.Tensor] = {}
-    if awq:
-        with progress_bar("calibrate") as progress:
-            scales = calibrated_scales(plan, calibration or CALIBRATION_TEXT, target, windows, progress)
-    write = write_absmax if method is Method.absmax else partial(quantize_checkpoint, awq_scales=scales)
+    moments: dict[str, torch.Tensor] = {}
+    text = calibration or CALIBRATION_TEXT
+    with progress_bar("calibrate") as progress:
+        if awq:
+            scales = calibrated_scales(plan, text, target, windows, progress)
+        if feedback:
+            moments = calibrated_moments(plan, text, target, windows, progress)
+    write = (
+        write_absmax if method is Method.absmax else partial(quantize_checkpoint, awq_scales=scales, moments=moments)
+    )
     with progress_bar("quantize") as progress:
         warnings = write(
             plan, out, device=target, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress

@@ -1,7 +1,7 @@
 """Quantising a whole checkpoint: calibration, search of the AWQ scales, the streaming writer, the absmax baseline."""
 
 from model_patch.quantize.absmax import write_absmax
-from model_patch.quantize.awq import calibrated_scales, search_awq_scales
+from model_patch.quantize.awq import calibrated_moments, calibrated_scales, search_awq_scales
 from model_patch.quantize.calibrate import SiteStatistics, calibrate
 from model_patch.quantize.checkpoint import QuantizePlan, plan_checkpoint, quantize_checkpoint
 
@@ -9,6 +9,7 @@ __all__ = [
     "QuantizePlan",
     "SiteStatistics",
     "calibrate",
+    "calibrated_moments",
     "calibrated_scales",
     "plan_checkpoint",
     "quantize_checkpoint",

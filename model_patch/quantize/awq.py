@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from model_patch.errors import CheckpointError
 from model_patch.evaluate import text_windows, tokenize_file
@@ -16,6 +17,7 @@ from model_patch.load import load_model, load_tokenizer
 from model_patch.progress import Progress, no_progress
 from model_patch.quantize.calibrate import SiteStatistics, calibrate
 from model_patch.quantize.checkpoint import QuantizePlan
+from model_patch.quantize.moments import collect_moments
 from polar_kernels import quantize_weight, reference
 
 WINDOW = 512  # tokens
@@ -53,13 +55,7 @@ def calibrated_scales(
 
     Loads the source model as a whole, in its own dtype on a GPU and in fp32 on a CPU.
     """
-    folder = plan.source.where
-    tokens = tokenize_file(load_tokenizer(folder), text)
-    batch = text_windows(tokens, WINDOW, windows)
-    if not len(batch):
-        raise CheckpointError(text, f"it has {len(tokens)} tokens, fewer than one window of {WINDOW}")
-    device = torch.device(device)
-    model = load_model(folder, device=device, dtype=torch.float32 if device.type == "cpu" else "auto")
+    model, batch = load_for_calibration(plan, text, device, windows)
     sites = plan.layers.sites()
     total = len(batch) + len(sites)
     statistics = calibrate(model, batch, sites, lambda done, _, what: progress(done, total, what))
@@ -70,6 +66,29 @@ def calibrated_scales(
         scales |= dict.fromkeys(names, found)
         progress(len(batch) + index + 1, total, site)
     return scales
+
+
+def calibrated_moments(
+    plan: QuantizePlan, text: Path, device: torch.device | str, windows: int, progress: Progress = no_progress
+) -> dict[str, torch.Tensor]:
+    """Layer name in the model -> moments fp32 [K, K] for error feedback, one tensor a site, from the same windows."""
+    model, batch = load_for_calibration(plan, text, device, windows)
+    sites = plan.layers.sites()
+    found = collect_moments(model, batch, sites, progress)
+    return {name: found[site] for site, names in sites.items() for name in names}
+
+
+def load_for_calibration(
+    plan: QuantizePlan, text: Path, device: torch.device | str, windows: int
+) -> tuple[PreTrainedModel, torch.Tensor]:
+    """The source model, and token windows [W, 512] of a text. Raises CheckpointError for a text too short for one."""
+    folder = plan.source.where
+    tokens = tokenize_file(load_tokenizer(folder), text)
+    batch = text_windows(tokens, WINDOW, windows)
+    if not len(batch):
+        raise CheckpointError(text, f"it has {len(tokens)} tokens, fewer than one window of {WINDOW}")
+    device = torch.device(device)
+    return load_model(folder, device=device, dtype=torch.float32 if device.type == "cpu" else "auto"), batch
 
 
 def _scales(mean_abs: torch.Tensor, exponent: float) -> torch.Tensor:

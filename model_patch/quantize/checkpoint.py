@@ -89,6 +89,7 @@ def quantize_checkpoint(
     out: Path,
     *,
     awq_scales: Mapping[str, torch.Tensor] | None = None,
+    moments: Mapping[str, torch.Tensor] | None = None,
     device: torch.device | str = "cpu",
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
@@ -97,11 +98,13 @@ def quantize_checkpoint(
     """Carry out `plan` into the folder `out`; returns warnings.
 
     awq_scales: layer name in the model -> fp16 [K]; needed for each linear layer when the plan was made with `awq`.
+    moments: layer name in the model -> [K, K] of its inputs, for error feedback; layers without go without.
     Raises QuantizationError naming the tensor whose weight cannot be quantised, OutputError when `out` cannot be
     written; then nothing is left behind.
     """
     check_output(out, overwrite)
     scales = {plan.names[name]: value for name, value in _wanted_scales(plan, awq_scales or {}).items()}
+    seconds = {plan.names[name]: value for name, value in (moments or {}).items()}
     bits = {plan.names[name]: b for name, b in plan.layers.bits.items()}
     ready: dict[str, torch.Tensor] = {}  # parts of a layer quantised already and not yet asked for
     done = 0
@@ -112,7 +115,7 @@ def quantize_checkpoint(
         if layer not in bits or part not in PARTS:
             return plan.source.read(name)
         if name not in ready:
-            weight = _quantize(plan.source, layer, bits[layer], scales.get(layer), device)
+            weight = _quantize(plan.source, layer, bits[layer], scales.get(layer), seconds.get(layer), device)
             ready.update({f"{layer}.{key}": getattr(weight, key) for key in PARTS if getattr(weight, key) is not None})
             done += 1
             progress(done, len(bits), layer)
@@ -142,10 +145,15 @@ def _wanted_scales(plan: QuantizePlan, given: Mapping[str, torch.Tensor]) -> Map
 
 
 def _quantize(
-    source: Checkpoint, layer: str, bits: int, awq_scales: torch.Tensor | None, device: torch.device | str
+    source: Checkpoint,
+    layer: str,
+    bits: int,
+    awq_scales: torch.Tensor | None,
+    moments: torch.Tensor | None,
+    device: torch.device | str,
 ) -> PolarWeight:
     try:
-        return quantize_weight(source.read(f"{layer}.weight", device), bits, awq_scales=awq_scales)
+        return quantize_weight(source.read(f"{layer}.weight", device), bits, awq_scales=awq_scales, moments=moments)
     except PolarError as error:
         raise type(error)(f"{source.tensors[f'{layer}.weight'].file}: {layer}.weight: {error}") from error
 
