@@ -129,7 +129,7 @@ def _sweep(
     pull = (z - table[codes] * _per_column(norms)) @ moments
     for index in range(norms.shape[1]):
         span = slice(index * BLOCK_SIZE, (index + 1) * BLOCK_SIZE)
-        own, norm = moments[span, span], norms[:, index]
+        own, norm = moments[span, span], norms[:, index].clone()
         levels, near = table[codes[:, span]], pull[:, span].clone()
         before = levels * norm[:, None]
         divisor = _divisors(norm)
@@ -140,8 +140,8 @@ def _sweep(
             near -= (table[chosen] * norm - value)[:, None] * own[j]
             codes[:, span.start + j], levels[:, j] = chosen, table[chosen]
         change = (levels * near).sum(1) / ((levels @ own) * levels).sum(1)
-        norms[:, index] = (norm + change.maximum(_MIN_NORM_CHANGE * norm)).half().float()
-        norms[:, index] = torch.where(norm > 0, norms[:, index], norm)
+        moved = (norm + change.maximum(_MIN_NORM_CHANGE * norm)).half().float()
+        norms[:, index] = torch.where(norm > 0, moved, norm)
         pull -= (levels * norms[:, index, None] - before) @ moments[span]
     return codes, norms
 
