@@ -17,7 +17,7 @@ from model_patch.demo import CALIBRATION_TEXT, CALIBRATION_WINDOWS, EVALUATION_T
 from model_patch.evaluate import Evaluation, evaluate, tokenize_file
 from model_patch.load import load_model, load_tokenizer
 from model_patch.progress import progress_bar
-from model_patch.quantize import calibrated_scales, plan_checkpoint, quantize_checkpoint
+from model_patch.quantize import calibrate_plan, plan_checkpoint, quantize_checkpoint
 
 _PROMPT = "The kernel is"
 
@@ -51,9 +51,9 @@ def demo(
 def _quantize(folder: Path, bits: int, device: torch.device) -> dict[str, int]:
     plan = plan_checkpoint(MODEL, PolarQuantConfig(bits), awq=True)
     with progress_bar("calibrate") as progress:
-        scales = calibrated_scales(plan, CALIBRATION_TEXT, device, CALIBRATION_WINDOWS, progress)
+        found = calibrate_plan(plan, CALIBRATION_TEXT, device, CALIBRATION_WINDOWS, progress=progress)
     with progress_bar("quantize") as progress:
-        quantize_checkpoint(plan, folder, awq_scales=scales, device=device, progress=progress)
+        quantize_checkpoint(plan, folder, awq_scales=found.awq_scales, device=device, progress=progress)
     return {"bf16": plan.source_bytes, f"{bits} bits": plan.output_bytes}
 
 

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from model_patch.checkpoint.package import DEFAULT_SHARD_SIZE
@@ -28,9 +27,9 @@ from model_patch.errors import ConfigError
 from model_patch.load import find_checkpoint, find_headers
 from model_patch.progress import progress_bar
 from model_patch.quantize import (
+    Calibrated,
     QuantizePlan,
-    calibrated_moments,
-    calibrated_scales,
+    calibrate_plan,
     plan_checkpoint,
     quantize_checkpoint,
     write_absmax,
@@ -87,16 +86,15 @@ def quantize(
     check_output(out, overwrite)
     target = pick_device(device)
     plan = plan_checkpoint(find_checkpoint(model), config, awq)
-    scales: dict[str, torch.Tensor] = {}
-    moments: dict[str, torch.Tensor] = {}
-    text = calibration or CALIBRATION_TEXT
-    with progress_bar("calibrate") as progress:
-        if awq:
-            scales = calibrated_scales(plan, text, target, windows, progress)
-        if feedback:
-            moments = calibrated_moments(plan, text, target, windows, progress)
+    found = Calibrated()
+    if awq or feedback:
+        with progress_bar("calibrate") as progress:
+            text = calibration or CALIBRATION_TEXT
+            found = calibrate_plan(plan, text, target, windows, feedback=feedback, progress=progress)
     write = (
-        write_absmax if method is Method.absmax else partial(quantize_checkpoint, awq_scales=scales, moments=moments)
+        write_absmax
+        if method is Method.absmax
+        else partial(quantize_checkpoint, awq_scales=found.awq_scales, moments=found.moments)
     )
     with progress_bar("quantize") as progress:
         warnings = write(

@@ -115,18 +115,14 @@ def exact_linear(
     table: torch.Tensor,
     bias: torch.Tensor | None,
     out_features: int,
-    warps: int | None = None,
 ) -> torch.Tensor:
-    """x [M, K] contiguous, bf16 or fp16, 1 to MAX_ROWS rows, times the transposed weight, plus bias: [M, N].
-
-    warps: 4, 8 or 16 that share a band of 32 rows; chosen by shape when None.
-    """
+    """x [M, K] contiguous, bf16 or fp16, 1 to MAX_ROWS rows, times the transposed weight, plus bias: [M, N]."""
     rows = x.shape[0]
     groups = triton.next_power_of_2(triton.cdiv(rows, ROW_GROUP))
     words = rotate_activation(x, awq_scales, groups * ROW_GROUP)
     bands = triton.cdiv(out_features, TILE_ROWS)
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
-    warps = warps or _choose_warps(bands)
+    warps = _choose_warps(bands)
     _exact_matmul_kernel[(bands,)](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int64),
@@ -151,7 +147,7 @@ def exact_linear(
 
 
 def _choose_warps(bands: int) -> int:
-    """Few bands want many warps each, to fill the GPU. Measured on an H200."""
+    """Warps that share a band: few bands want many each, to fill the GPU. Measured on an H200."""
     if bands <= 128:
         return 16
     return 8 if bands < 4096 else 4

@@ -111,19 +111,15 @@ def int8_linear(
     table: torch.Tensor,
     bias: torch.Tensor | None,
     out_features: int,
-    warps: int | None = None,
 ) -> torch.Tensor:
-    """x [M, K] contiguous, 1 <= M <= MAX_ROWS, times the transposed weight, plus bias: [M, N] in x's dtype.
-
-    warps: 4, 8 or 16 that share a band of 32 rows; chosen by shape when None.
-    """
+    """x [M, K] contiguous, 1 <= M <= MAX_ROWS, times the transposed weight, plus bias: [M, N] in x's dtype."""
     rows = x.shape[0]
     groups = triton.next_power_of_2(triton.cdiv(rows, ROW_GROUP))
     words, meta = quantize_activation(x, awq_scales, table, groups * ROW_GROUP)
     bands = triton.cdiv(out_features, TILE_ROWS)
     blocks = tiles.shape[0] // bands
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
-    warps = warps or _choose_warps(bands, groups)
+    warps = _choose_warps(bands, groups)
     _int8_matmul_kernel[(bands,)](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int64),
@@ -150,7 +146,10 @@ def int8_linear(
 
 
 def _choose_warps(bands: int, groups: int) -> int:
-    """Few bands want many warps each, to fill the GPU; many want few, whose sums are cheaper. Measured on an H200."""
+    """Warps that share a band: few bands want many each, to fill the GPU; many want few, whose sums are cheaper.
+
+    Measured on an H200.
+    """
     if groups >= 4:
         return 4 if bands * groups >= 1536 else 8
     if bands >= 4096:

@@ -10,6 +10,7 @@ dense: the weight dequantised, a part at a time, into one buffer that cuBLAS mul
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -136,6 +137,7 @@ def supports(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@cache
 def _has_wgmma(device: torch.device) -> bool:
     """Hopper's instruction, which later GPUs do not have."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

@@ -13,10 +13,10 @@ from polar_kernels import (
     PolarEmbedding,
     PolarLinear,
     TiedPolarHead,
-    ops,
     published_levels,
     quantize_weight,
 )
+from polar_kernels.checks import FLOATS
 
 N, K = 37, 200
 STORED = {"packed": torch.uint8, "norms": torch.float16, "centroids": torch.float32}
@@ -51,7 +51,7 @@ def test_rows(device: torch.device, layer: PolarEmbedding, shape: tuple[int, ...
     torch.testing.assert_close(rows, layer.dequantize()[ids.long()], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_output_dtype_follows_the_embedding(device: torch.device, dtype: torch.dtype) -> None:
     layer = PolarEmbedding.from_embedding(nn.Embedding(N, K, device=device, dtype=dtype))
     ids = torch.tensor([1, 2], device=device)
@@ -59,7 +59,7 @@ def test_output_dtype_follows_the_embedding(device: torch.device, dtype: torch.d
     assert PolarEmbedding(N, K, dtype=dtype).dtype == dtype
 
 
-@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_output_dtype_follows_casts(device: torch.device, layer: PolarEmbedding, dtype: torch.dtype) -> None:
     ids, before = torch.tensor([1, 2], device=device), {k: v.clone() for k, v in layer.state_dict().items()}
     expected = layer(ids)

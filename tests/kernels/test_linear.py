@@ -13,11 +13,11 @@ from polar_kernels import (
     NoDenseWeightError,
     PolarLinear,
     lloyd_max_levels,
-    ops,
     published_levels,
     quantize_weight,
     reference,
 )
+from polar_kernels.checks import FLOATS
 
 N, K = 37, 200
 STORED = {
@@ -46,7 +46,7 @@ def exact(layer: PolarLinear, x: torch.Tensor) -> torch.Tensor:
     return reference.linear(x.double(), *parts, layer.bias)
 
 
-@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("bits", [2, 5, 8])
 @pytest.mark.parametrize("bias", [False, True])
 def test_from_linear(device: torch.device, relative_error, rounding, bits: int, bias: bool, dtype: torch.dtype) -> None:
@@ -207,7 +207,7 @@ def test_no_dense_weight(layer: PolarLinear) -> None:
         _ = layer.nothing
 
 
-@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_dequantize(layer: PolarLinear, relative_error, rounding, dtype: torch.dtype) -> None:
     weight = layer.dequantize(dtype)
     assert (weight.dtype, weight.shape) == (dtype, (N, K))
@@ -216,7 +216,7 @@ def test_dequantize(layer: PolarLinear, relative_error, rounding, dtype: torch.d
     assert layer.dequantize().dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("table", ["tiled", "stored"])
 def test_dequantize_into(
     device: torch.device, layer: PolarLinear, relative_error, rounding, table: str, dtype: torch.dtype

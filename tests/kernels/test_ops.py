@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from polar_kernels import ArgumentError, PolarLinear, PolarWeight, ops, reference
+from polar_kernels.checks import FLOATS
 
 N, K = 37, 200
 OPERATORS = {"linear": ops.linear, "rotate": ops.rotate, "dequantize": ops.dequantize, "embedding": ops.embedding}
@@ -54,7 +55,7 @@ def test_opcheck_with_gradients(arguments) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_results_equal_the_reference(arguments, relative_error, rounding, name: str, dtype: torch.dtype) -> None:
     given = arguments(name, dtype=dtype)
     exact = {key: torch.float64 if key == "dtype" else value for key, value in given.items()}
@@ -67,7 +68,7 @@ def test_results_equal_the_reference(arguments, relative_error, rounding, name: 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("lead", [(), (0,), (4,), (2, 3)])
-@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_fakes_agree(arguments, name: str, lead: tuple[int, ...], dtype: torch.dtype) -> None:
     given = arguments(name, rows=1, dtype=dtype)
     if "x" in given:
@@ -210,7 +211,7 @@ def test_cpu_and_gpu_are_not_mixed(arguments, name: str, part: str) -> None:
         OPERATORS[name](**{**given, part: given[part].cpu()})
 
 
-@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3)])
 def test_gradients(arguments, relative_error, rounding, dtype: torch.dtype, lead: tuple[int, ...]) -> None:
     given = arguments("linear", dtype=dtype)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from model_patch import CheckpointError, PolarQuantConfig, demo, load_model
+from model_patch import PolarQuantConfig, demo, load_model
 from model_patch.cli.app import app
 from model_patch.evaluate import evaluate, tokenize_file
 from model_patch.load import load_tokenizer
-from model_patch.quantize import calibrated_moments, calibrated_scales, plan_checkpoint, quantize_checkpoint
+from model_patch.quantize import calibrate_plan, plan_checkpoint, quantize_checkpoint
 from model_patch.quantize.moments import collect_moments
 
 GATE, UP = "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"
@@ -79,11 +79,17 @@ def test_hooks_go_when_it_is_interrupted(zoo: Any) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_text_shorter_than_a_window(tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_text("too short")
-    plan = plan_checkpoint(demo.MODEL, PolarQuantConfig(), awq=False)
-    with pytest.raises(CheckpointError, match="fewer than one window of 512"):
-        calibrated_moments(plan, tmp_path / "short.txt", "cpu", 4)
+@pytest.mark.parametrize("awq", [False, True])
+def test_one_load_gives_all_that_is_asked_for(device: torch.device, awq: bool) -> None:
+    plan = plan_checkpoint(demo.MODEL, PolarQuantConfig(), awq=awq)
+    told = []
+    record = lambda done, total, what: told.append((done, total))  # noqa: E731
+    found = calibrate_plan(plan, demo.CALIBRATION_TEXT, device, 1, feedback=True, progress=record)
+    layers = {name for names in plan.layers.sites().values() for name in names}
+    assert set(found.moments) == layers
+    assert set(found.awq_scales) == (layers if awq else set())
+    steps = 1 + (1 + len(plan.layers.sites()) if awq else 0)
+    assert told == [(i + 1, steps) for i in range(steps)]
 
 
 @pytest.mark.parametrize("bits", [3, 5])
@@ -92,9 +98,10 @@ def test_the_model_is_closer_to_the_original(device: torch.device, tmp_path: Pat
     config = PolarQuantConfig(bits, modules_to_not_convert=["embed_tokens"])
     calibration = (demo.CALIBRATION_TEXT, device, 24)
     plan = plan_checkpoint(demo.MODEL, config, awq=True)
-    quantize_checkpoint(plan, tmp_path / "awq", awq_scales=calibrated_scales(plan, *calibration), device=device)
+    quantize_checkpoint(plan, tmp_path / "awq", awq_scales=calibrate_plan(plan, *calibration).awq_scales, device=device)
     plan = plan_checkpoint(demo.MODEL, config, awq=False)
-    quantize_checkpoint(plan, tmp_path / "fed", moments=calibrated_moments(plan, *calibration), device=device)
+    moments = calibrate_plan(plan, *calibration, feedback=True).moments
+    quantize_checkpoint(plan, tmp_path / "fed", moments=moments, device=device)
     tokens = tokenize_file(load_tokenizer(demo.MODEL), demo.EVALUATION_TEXT)
     original = load_model(demo.MODEL, device=device, dtype=torch.float32)
     divergence = {}

@@ -33,7 +33,7 @@ from model_patch.patch import plan_model
 from model_patch.quantize import (
     SiteStatistics,
     calibrate,
-    calibrated_scales,
+    calibrate_plan,
     plan_checkpoint,
     quantize_checkpoint,
     search_awq_scales,
@@ -482,7 +482,9 @@ def test_scales_are_fp16_with_geometric_mean_one_even_for_dead_channels(device: 
 def test_every_layer_of_a_site_gets_its_vector(tmp_path: Path, device: torch.device) -> None:
     plan = plan_checkpoint(demo.MODEL, PolarQuantConfig(3), awq=True)
     steps: list[tuple[int, int, str]] = []
-    scales = calibrated_scales(plan, demo.CALIBRATION_TEXT, device, 1, lambda *step: steps.append(step))
+    found = calibrate_plan(plan, demo.CALIBRATION_TEXT, device, 1, progress=lambda *step: steps.append(step))
+    scales = found.awq_scales
+    assert not found.moments
     sites = plan.layers.sites()
     assert set(scales) == {name for names in sites.values() for name in names}
     assert set(scales) == {name for name in plan.layers.bits if not name.endswith("embed_tokens")}
@@ -497,7 +499,7 @@ def test_a_calibration_text_shorter_than_a_window_is_refused(tmp_path: Path) -> 
     (tmp_path / "short.txt").write_text("too short a text")
     plan = plan_checkpoint(demo.MODEL, PolarQuantConfig(), awq=True)
     with pytest.raises(CheckpointError, match=r"fewer than one window of 512"):
-        calibrated_scales(plan, tmp_path / "short.txt", "cpu", 4)
+        calibrate_plan(plan, tmp_path / "short.txt", "cpu", 4)
 
 
 # The absmax baseline
@@ -588,8 +590,8 @@ def plain_perplexity(device: torch.device) -> float:
 
 def quantized_demo(config: PolarQuantConfig, out: Path, device: torch.device) -> Path:
     plan = plan_checkpoint(demo.MODEL, config, awq=True)
-    scales = calibrated_scales(plan, demo.CALIBRATION_TEXT, device, demo.CALIBRATION_WINDOWS)
-    quantize_checkpoint(plan, out, awq_scales=scales, device=device)
+    found = calibrate_plan(plan, demo.CALIBRATION_TEXT, device, demo.CALIBRATION_WINDOWS)
+    quantize_checkpoint(plan, out, awq_scales=found.awq_scales, device=device)
     return out
 
 

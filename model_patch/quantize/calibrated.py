@@ -1,0 +1,76 @@
+"""What a plan needs of a calibration text: AWQ scales, and moments for error feedback, from one load of the model."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from model_patch.errors import CheckpointError
+from model_patch.evaluate import text_windows, tokenize_file
+from model_patch.load import load_model, load_tokenizer
+from model_patch.progress import Progress, no_progress
+from model_patch.quantize.awq import search_awq_scales
+from model_patch.quantize.calibrate import calibrate
+from model_patch.quantize.checkpoint import QuantizePlan
+from model_patch.quantize.moments import collect_moments
+
+WINDOW = 512  # tokens
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Both by the layer's name in the model, the layers of a site with the same tensor. awq_scales: fp16 [K]; empty
+    where the plan has none. moments: fp32 [K, K] of the inputs; empty where not asked for."""
+
+    awq_scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    moments: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def calibrate_plan(
+    plan: QuantizePlan,
+    text: Path,
+    device: torch.device | str,
+    windows: int,
+    *,
+    feedback: bool = False,
+    progress: Progress = no_progress,
+) -> Calibrated:
+    """Calibrate on the first `windows` windows of 512 tokens of a text file.
+
+    Loads the source model as a whole, in its own dtype on a GPU and in fp32 on a CPU. Raises CheckpointError for a text
+    shorter than one window.
+    """
+    tokens = tokenize_file(load_tokenizer(plan.source.where), text)
+    batch = text_windows(tokens, WINDOW, windows)
+    if not len(batch):
+        raise CheckpointError(text, f"it has {len(tokens)} tokens, fewer than one window of {WINDOW}")
+    device = torch.device(device)
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    model = load_model(plan.source.where, device=device, dtype=dtype)
+    sites = plan.layers.sites()
+    awq_steps = len(batch) + len(sites) if plan.config.awq else 0
+    total = awq_steps + (len(batch) if feedback else 0)
+    result = Calibrated()
+    if plan.config.awq:
+        result.awq_scales.update(_scales(plan, model, batch, lambda done, _, what: progress(done, total, what)))
+    if feedback:
+        found = collect_moments(model, batch, sites, lambda done, _, what: progress(awq_steps + done, total, what))
+        result.moments.update({name: found[site] for site, names in sites.items() for name in names})
+    return result
+
+
+def _scales(
+    plan: QuantizePlan, model: PreTrainedModel, batch: torch.Tensor, progress: Progress
+) -> dict[str, torch.Tensor]:
+    """AWQ scales of each layer; progress counts the windows, then the sites."""
+    sites = plan.layers.sites()
+    total = len(batch) + len(sites)
+    statistics = calibrate(model, batch, sites, progress)
+    scales: dict[str, torch.Tensor] = {}
+    for index, (site, names) in enumerate(sites.items()):
+        weights = [model.get_submodule(name).weight for name in names]
+        found, _ = search_awq_scales(statistics[site], weights, [plan.layers.bits[name] for name in names])
+        scales |= dict.fromkeys(names, found)
+        progress(len(batch) + index + 1, total, site)
+    return scales
