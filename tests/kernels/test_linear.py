@@ -35,7 +35,7 @@ def linear(device: torch.device) -> nn.Linear:
 
 @pytest.fixture
 def layer(linear: nn.Linear) -> PolarLinear:
-    """Of a table without tiles, so that its buffers are the stored ones on a GPU too; test_tiles.py has the others."""
+    """Of a table without tiles, so that its buffers are the stored ones on a GPU too; test_tiled.py has the others."""
     table = lloyd_max_levels(5) + 0.01
     return PolarLinear.from_linear(linear, awq_scales=torch.rand(K) + 0.5, centroids=table)
 
