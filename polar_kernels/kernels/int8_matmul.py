@@ -85,19 +85,19 @@ def _int8_matmul_kernel(
             meta = load_cached(meta_ptr + (block * padded_rows + group * 8 + 2 * q) * 2)
             u0, u1, u2, u3 = _multiply_half_tile(upper, x0, x1)
             l0, l1, l2, l3 = _multiply_half_tile(lower, x0, x1)
-            offset0 = as_float(meta[0])
+            base0 = as_float(meta[0])
             scale0 = as_float(meta[1])
-            offset1 = as_float(meta[2])
+            base1 = as_float(meta[2])
             scale1 = as_float(meta[3])
             added = added + (
-                sums[8 * group] + (u0 + offset0) * (n0 * scale0),
-                sums[8 * group + 1] + (u1 + offset1) * (n0 * scale1),
-                sums[8 * group + 2] + (u2 + offset0) * (n1 * scale0),
-                sums[8 * group + 3] + (u3 + offset1) * (n1 * scale1),
-                sums[8 * group + 4] + (l0 + offset0) * (n2 * scale0),
-                sums[8 * group + 5] + (l1 + offset1) * (n2 * scale1),
-                sums[8 * group + 6] + (l2 + offset0) * (n3 * scale0),
-                sums[8 * group + 7] + (l3 + offset1) * (n3 * scale1),
+                sums[8 * group] + (u0 * scale0 + base0) * n0,
+                sums[8 * group + 1] + (u1 * scale1 + base1) * n0,
+                sums[8 * group + 2] + (u2 * scale0 + base0) * n1,
+                sums[8 * group + 3] + (u3 * scale1 + base1) * n1,
+                sums[8 * group + 4] + (l0 * scale0 + base0) * n2,
+                sums[8 * group + 5] + (l1 * scale1 + base1) * n2,
+                sums[8 * group + 6] + (l2 * scale0 + base0) * n3,
+                sums[8 * group + 7] + (l3 * scale1 + base1) * n3,
             )
         sums = added
     store_band(sums, thread, bias_ptr, out_ptr, M, N, GROUPS, WARPS, HAS_BIAS)

@@ -1,12 +1,15 @@
 """The product for more rows on Hopper: codes decoded to int8 in registers, multiplied by `wgmma`, x in shared memory.
 
-Two warpgroups of a program take 64 rows of the weight each, and both the same rows of x, which travel through a ring in
-shared memory a chunk (64 rows by one 128-block) at a time. The warpgroups run apart: while one waits for its
-product, the other decodes or scales. The integer sums of a block become floats, times the norm of the weight's row and
-the scale of x's row, before the next block.
+A warpgroup takes 64 rows of the weight and 64, 128 or 256 of x, which travel through a ring in shared memory (`ring`).
+It decodes a block of K, multiplies, and turns the integer sums into floats, times the norm of the weight's row and the
+scale of x's row. Each of these waits for the one before; several warpgroups of a multiprocessor take turns.
+`FORMS` has the ways to cut a product into programs.
 
 Where the weight has too few rows to fill the GPU, programs split the blocks of K, and a second kernel adds up.
 """
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -18,9 +21,9 @@ from polar_kernels.kernels.ptx import load_cached, wait_for_previous_kernel
 from polar_kernels.kernels.quantize_activation import quantize_chunks
 from polar_kernels.kernels.ring import (
     CHUNK_BYTES,
-    CHUNK_ROWS,
     add_scaled,
     fill_slot,
+    load_pairs,
     open_ring,
     release_slot,
     wait_for_slot,
@@ -28,80 +31,123 @@ from polar_kernels.kernels.ring import (
 from polar_kernels.kernels.tile_access import load_half_tile, norm_of
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
-_WARPS = 8
-_PROGRAM_ROWS = 16 * _WARPS  # of the weight
 _SLOTS = tl.constexpr(5)
-_LATE = tl.constexpr(2)  # chunks after which a slot is filled again, so that one warpgroup may lead the other
-_ROWS, _CHUNK = tl.constexpr(CHUNK_ROWS), tl.constexpr(CHUNK_BYTES)
-_SUMS = CHUNK_ROWS // 2  # of a thread
+_CHUNK = tl.constexpr(CHUNK_BYTES)
 _SUM_SIZE = 1024
 
 
-def _start_code() -> str:
-    """PTX: start 64 rows of the weight by one 128-block, 16 registers a thread, times a chunk's rows of x.
+@dataclass(frozen=True)
+class Form:
+    """How a program is cut. rows: of x; warps: each with 16 rows of the weight; registers: of a thread, at most;
+    resident: programs on a multiprocessor at a time; block_time: microseconds of a block of K, measured on an H100
+    with all of them at work, which is hardly more than with one."""
 
-    $0..: the sums of a thread, as bits of 12582912 + sum; then the 16 registers and the address of the chunk.
+    rows: int
+    warps: int
+    registers: int
+    resident: int
+    block_time: float
+
+
+FORMS = (Form(64, 8, 128, 2, 1.20), Form(128, 4, 168, 3, 1.48), Form(128, 8, 255, 1, 1.07), Form(256, 8, 255, 1, 1.88))
+
+
+def _start_code(rows: int) -> str:
+    """PTX: start 64 rows of the weight by one 128-block, 16 registers a thread, times 64 or 128 rows of x.
+
+    $0..: the sums of a thread, as bits of 12582912 + sum; then the 16 registers and the addresses of the chunks.
     """
-    sums = ", ".join(f"${i}" for i in range(_SUMS))
+    count, chunks = rows // 2, rows // 64
+    sums = ", ".join(f"${i}" for i in range(count))
+    # The descriptor's upper half: bytes from 8 rows to the next, over 16, and the swizzle, of 128 or 64 bytes.
+    upper = 0x40000040 if rows == 64 else 0x80000020
     code = [
         "{ .reg .b32 at; .reg .b64 x; .reg .pred p; setp.eq.b32 p, 0, 0;",
-        *(f"mov.b32 ${i}, 0x4B400000;" for i in range(_SUMS)),
-        # The descriptor: address / 16, 1024 bytes from 8 rows to the next, 128-byte swizzle.
-        f"shr.u32 at, ${_SUMS + 16}, 4; or.b32 at, at, 0x10000;",
+        *(f"mov.b32 ${i}, 0x4B400000;" for i in range(count)),
         "wgmma.fence.sync.aligned;",
     ]
     for step in range(4):
-        a = ", ".join(f"${_SUMS + 4 * step + i}" for i in range(4))
-        code.append("mov.b64 x, {at, 0x40000040};")
-        code.append(f"wgmma.mma_async.sync.aligned.m64n{CHUNK_ROWS}k32.s32.s8.s8 {{{sums}}}, {{{a}}}, x, p;")
+        chunk, inside = divmod(step, 4 // chunks)
+        if inside == 0:
+            code.append(f"shr.u32 at, ${count + 16 + chunk}, 4; or.b32 at, at, 0x10000;")
+        a = ", ".join(f"${count + 4 * step + i}" for i in range(4))
+        code.append(f"mov.b64 x, {{at, {upper}}};")
+        code.append(f"wgmma.mma_async.sync.aligned.m64n{rows}k32.s32.s8.s8 {{{sums}}}, {{{a}}}, x, p;")
         code.append("add.u32 at, at, 2;")
     code.append("wgmma.commit_group.sync.aligned; }")
     return " ".join(code)
 
 
-_START = tl.constexpr(_start_code())
-_START_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * _SUMS + ["r"] * 17))
-_FINISH_CONSTRAINTS = tl.constexpr(",".join(["=r"] * _SUMS + [str(i) for i in range(_SUMS)]))
-_TYPES = tl.constexpr((tl.int32,) * _SUMS)
+_START_64, _START_128 = tl.constexpr(_start_code(64)), tl.constexpr(_start_code(128))
+_START_64_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 32 + ["r"] * 17))
+_START_128_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 64 + ["r"] * 18))
+_FINISH_64_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 32 + [str(i) for i in range(32)]))
+_FINISH_128_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 64 + [str(i) for i in range(64)]))
+_TYPES_64, _TYPES_128 = tl.constexpr((tl.int32,) * 32), tl.constexpr((tl.int32,) * 64)
+_FINISH = tl.constexpr("wgmma.wait_group.sync.aligned 0;")
 
 
 @triton.jit
-def _start(a, chunk):
-    return tl.inline_asm_elementwise(_START, _START_CONSTRAINTS, a + (chunk,), _TYPES, False, 1)
+def _start(a, chunks, ROWS: tl.constexpr):
+    if ROWS == 64:
+        return tl.inline_asm_elementwise(_START_64, _START_64_CONSTRAINTS, a + chunks, _TYPES_64, False, 1)
+    else:
+        return tl.inline_asm_elementwise(_START_128, _START_128_CONSTRAINTS, a + chunks, _TYPES_128, False, 1)
 
 
 @triton.jit
-def _finish(products):
+def _finish(products, ROWS: tl.constexpr):
     """The products, once the tensor cores have written them."""
-    return tl.inline_asm_elementwise(
-        "wgmma.wait_group.sync.aligned 0;", _FINISH_CONSTRAINTS, products, _TYPES, False, 1
-    )
+    if ROWS == 64:
+        return tl.inline_asm_elementwise(_FINISH, _FINISH_64_CONSTRAINTS, products, _TYPES_64, False, 1)
+    else:
+        return tl.inline_asm_elementwise(_FINISH, _FINISH_128_CONSTRAINTS, products, _TYPES_128, False, 1)
 
 
 @triton.jit
-def _multiply_block(sums, tile, table, ring, slot, parity, done, count, source, thread, WIDTH: tl.constexpr):
-    """The sums of a thread with one block of K added. done, count: chunks before this block, and in all."""
+def _next_slot(slot, parity):
+    last = slot == _SLOTS - 1
+    return tl.where(last, 0, slot + 1), tl.where(last, parity ^ 1, parity)
+
+
+@triton.jit
+def _refill(ring, slot, parity, done, late: tl.constexpr, count, source, thread):
+    """Start copying a later chunk into the slot of `late` chunks ago, once all warps have left it."""
+    slot -= late
+    parity = tl.where(slot < 0, parity ^ 1, parity)
+    slot = tl.where(slot < 0, slot + _SLOTS, slot)
+    later = done - late + _SLOTS
+    copies = ((thread == 0) & (done >= late) & (later < count)).to(tl.int32)
+    fill_slot(ring, slot, parity, copies, source + later.to(tl.int64) * _CHUNK, _SLOTS, True)
+
+
+@triton.jit
+def _multiply_block(sums, a, n0, n1, ring, slot, parity, done, count, source, thread, ROWS: tl.constexpr):
+    """A thread's sums with one block of K times ROWS rows of x added. done, count: chunks before it, and in all."""
     lane = thread % 32
-    a = decode_half_tile(tile[0], tile[1], tile[2][0], tile[2][1], table, WIDTH)
-    n0 = norm_of(tile[3], 0)
-    n1 = norm_of(tile[3], 16)
-    chunk = wait_for_slot(ring, slot, parity, _SLOTS)
-    products = _start(a, chunk)
-    # While the tensor cores work: a later chunk into a slot that both warpgroups have left some time ago.
-    late = slot - _LATE
-    late_parity = tl.where(late < 0, parity ^ 1, parity)
-    late = tl.where(late < 0, late + _SLOTS, late)
-    later = done - _LATE + _SLOTS
-    copies = ((thread == 0) & (done >= _LATE) & (later < count)).to(tl.int32)
-    fill_slot(ring, late, late_parity, copies, source + later.to(tl.int64) * _CHUNK, _SLOTS, True)
-    products = _finish(products)
+    first = wait_for_slot(ring, slot, parity, _SLOTS)
+    chunks = (first,)
+    second_slot = slot
+    next_slot, next_parity = _next_slot(slot, parity)
+    if ROWS == 128:
+        chunks = (first, wait_for_slot(ring, next_slot, next_parity, _SLOTS))
+        second_slot = next_slot
+        next_slot, next_parity = _next_slot(next_slot, next_parity)
+    products = _start(a, chunks, ROWS)
+    # While the tensor cores work: the chunks of the block before, or of one more where a block is one chunk, have been
+    # left by all warps but those of a warpgroup that lags.
+    _refill(ring, slot, parity, done, 2, count, source, thread)
+    if ROWS == 128:
+        _refill(ring, slot, parity, done, 1, count, source, thread)
+    products = _finish(products, ROWS)
     added = ()
-    for group in tl.static_range(_ROWS // 8):
-        added = added + add_scaled(sums, 4 * group, products, group, n0, n1, chunk, lane % 4 * 16)
+    for i in tl.static_range(ROWS // 8):
+        pairs = load_pairs(chunks[i // 8], i % 8, lane % 4)
+        added = added + add_scaled(sums, products, 4 * i, pairs, n0, n1)
     release_slot(ring, slot, lane, _SLOTS)
-    parity = tl.where(slot == _SLOTS - 1, parity ^ 1, parity)
-    slot = tl.where(slot == _SLOTS - 1, 0, slot + 1)
-    return added, slot, parity, done + 1
+    if ROWS == 128:
+        release_slot(ring, second_slot, lane, _SLOTS)
+    return added, next_slot, next_parity, done + ROWS // 64
 
 
 @triton.jit(do_not_specialize=["M", "N", "blocks", "split_blocks"])
@@ -117,6 +163,8 @@ def _int8_wgmma_kernel(
     blocks,
     split_blocks,
     WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     WARPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
@@ -129,33 +177,39 @@ def _int8_wgmma_kernel(
     count = tl.minimum(blocks - first_block, split_blocks)
     first = tl.minimum(band, tl.cdiv(N, 32) - 1) * blocks + first_block
     last = first + count - 1
-    even = load_half_tile(tiles_ptr, norms_ptr, first, half, lane, WIDTH)
-    odd = load_half_tile(tiles_ptr, norms_ptr, tl.minimum(first + 1, last), half, lane, WIDTH)
+    tile = load_half_tile(tiles_ptr, norms_ptr, first, half, lane, WIDTH)
     table = load_cached(table_ptr + thread * 0)
     ring = open_ring(thread, _SLOTS, WARPS)
     # Everything above was there before; x comes from the kernel before this one.
     q = lane % 4 + wait_for_previous_kernel(thread)
-    source = x_ptr.to(tl.int64) + (tl.program_id(0).to(tl.int64) * blocks + first_block) * _CHUNK
+    block_chunks = ROWS // 64 * PRODUCTS
+    chunks = count * block_chunks
+    source = x_ptr.to(tl.int64) + (tl.program_id(0).to(tl.int64) * blocks + first_block) * (_CHUNK * block_chunks)
     for chunk in tl.static_range(_SLOTS):
-        copies = ((thread == 0) & (chunk < count)).to(tl.int32)
+        copies = ((thread == 0) & (chunk < chunks)).to(tl.int32)
         fill_slot(ring, chunk, 0, copies, source + chunk * _CHUNK, _SLOTS, False)
-    sums = ()
-    for _ in tl.static_range(_ROWS // 2):
-        sums = sums + (tl.zeros(lane.shape, tl.float32),)
+    sums0 = ()
+    for _ in tl.static_range(ROWS // 2):
+        sums0 = sums0 + (tl.zeros(lane.shape, tl.float32),)
+    sums1 = sums0
     slot = 0
     parity = 0
     done = 0
-    # Two blocks at a time, each with registers of its own: copying from one set to the other would wait for its loads.
-    for step in range(0, count, 2):
-        sums, slot, parity, done = _multiply_block(
-            sums, even, table, ring, slot, parity, done, count, source, thread, WIDTH
+    for step in range(0, count):
+        a = decode_half_tile(tile[0], tile[1], tile[2][0], tile[2][1], table, WIDTH)
+        n0 = norm_of(tile[3], 0)
+        n1 = norm_of(tile[3], 16)
+        tile = load_half_tile(tiles_ptr, norms_ptr, tl.minimum(first + step + 1, last), half, lane, WIDTH)
+        sums0, slot, parity, done = _multiply_block(
+            sums0, a, n0, n1, ring, slot, parity, done, chunks, source, thread, ROWS
         )
-        even = load_half_tile(tiles_ptr, norms_ptr, tl.minimum(first + step + 2, last), half, lane, WIDTH)
-        if step + 1 < count:
-            sums, slot, parity, done = _multiply_block(
-                sums, odd, table, ring, slot, parity, done, count, source, thread, WIDTH
+        if PRODUCTS == 2:
+            sums1, slot, parity, done = _multiply_block(
+                sums1, a, n0, n1, ring, slot, parity, done, chunks, source, thread, ROWS
             )
-        odd = load_half_tile(tiles_ptr, norms_ptr, tl.minimum(first + step + 3, last), half, lane, WIDTH)
+    sums = sums0
+    if PRODUCTS == 2:
+        sums = sums0 + sums1
     row = band * 32 + half * 16 + g
     bias0 = tl.zeros(lane.shape, tl.float32)
     bias1 = tl.zeros(lane.shape, tl.float32)
@@ -163,9 +217,9 @@ def _int8_wgmma_kernel(
         bias0 = tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
         bias1 = tl.load(bias_ptr + row + 8, mask=row + 8 < N, other=0.0).to(tl.float32)
     out_ptr += tl.program_id(2).to(tl.int64) * M * N
-    for i in tl.static_range(_ROWS // 8):
+    for i in tl.static_range(ROWS // 8 * PRODUCTS):
         for e in tl.static_range(2):
-            column = tl.program_id(0) * _ROWS + i * 8 + 2 * q + e
+            column = tl.program_id(0) * (ROWS * PRODUCTS) + i * 8 + 2 * q + e
             out = out_ptr + column.to(tl.int64) * N + row
             y0 = sums[4 * i + e] + bias0
             y1 = sums[4 * i + 2 + e] + bias1
@@ -195,22 +249,22 @@ def int8_wgmma_linear(
     table: torch.Tensor,
     bias: torch.Tensor | None,
     out_features: int,
-    splits: int | None = None,
+    cut: tuple[Form, int] | None = None,
 ) -> torch.Tensor:
     """x [M, K] contiguous, bf16 or fp16, times the transposed weight, plus bias: [M, N] in x's dtype.
 
-    splits: programs that share the blocks of K, at most; chosen by shape when None.
+    cut: the form, and how many programs share the blocks of K at most; chosen by shape when None.
     """
     rows = x.shape[0]
-    words = quantize_chunks(x, awq_scales, table)
-    bands = triton.cdiv(out_features, TILE_ROWS)
-    blocks = tiles.shape[0] // bands
-    programs = words.shape[0] * triton.cdiv(out_features, _PROGRAM_ROWS)
-    split_blocks = triton.cdiv(blocks, splits or _choose_splits(programs, blocks))
+    blocks = tiles.shape[0] // triton.cdiv(out_features, TILE_ROWS)
+    form, splits = cut or choose_cut(rows, out_features, blocks, _multiprocessors(x.device))
+    product_rows = min(form.rows, 128)
+    words = quantize_chunks(x, awq_scales, table, product_rows, form.rows // product_rows)
+    split_blocks = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, split_blocks)
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     parts = out if splits == 1 else torch.empty(splits, rows, out_features, dtype=torch.float32, device=x.device)
-    _int8_wgmma_kernel[(words.shape[0], triton.cdiv(out_features, _PROGRAM_ROWS), splits)](
+    _int8_wgmma_kernel[(words.shape[0], triton.cdiv(out_features, 16 * form.warps), splits)](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int32),
         table_ptr=table,
@@ -222,13 +276,15 @@ def int8_wgmma_linear(
         blocks=blocks,
         split_blocks=split_blocks,
         WIDTH=tiles.shape[1] // PLANE_WORDS,
-        WARPS=_WARPS,
+        ROWS=product_rows,
+        PRODUCTS=form.rows // product_rows,
+        WARPS=form.warps,
         HAS_BIAS=bias is not None and splits == 1,
-        num_warps=_WARPS,
+        num_warps=form.warps,
         enable_fp_fusion=True,
         num_stages=1,
         launch_pdl=True,
-        maxnreg=128,
+        maxnreg=form.registers,
     )
     if splits > 1:
         _add_splits_kernel[(triton.cdiv(out.numel(), _SUM_SIZE),)](
@@ -247,12 +303,28 @@ def int8_wgmma_linear(
     return out
 
 
-def _choose_splits(programs: int, blocks: int) -> int:
-    """A power of two: about three programs a multiprocessor, each with two blocks at least.
+@lru_cache(maxsize=4096)
+def choose_cut(rows: int, out_features: int, blocks: int, multiprocessors: int) -> tuple[Form, int]:
+    """The form, and how many programs share the blocks of K. Figures measured on an H100."""
+    if rows <= FORMS[0].rows:
+        # About three programs a multiprocessor: while one starts or ends, two are at work.
+        programs = triton.cdiv(out_features, 16 * FORMS[0].warps)
+        splits = 1
+        while programs * splits * 2 <= 3 * multiprocessors and splits * 4 <= blocks:
+            splits *= 2
+        return FORMS[0], splits
+    cuts = [(form, splits) for form in FORMS[1:] for splits in range(1, max(2, min(blocks // 2, 16) + 1))]
+    return min(cuts, key=lambda cut: _predict(cut[0], cut[1], rows, out_features, blocks, multiprocessors))
 
-    From times on an H200, of an earlier form of the kernel.
-    """
-    splits = 1
-    while programs * splits * 2 <= 400 and splits * 4 <= blocks:
-        splits *= 2
-    return splits
+
+def _predict(form: Form, splits: int, rows: int, out_features: int, blocks: int, multiprocessors: int) -> float:
+    """Microseconds of the product without the rotation: as many waves of programs as it takes, and the adding up."""
+    programs = triton.cdiv(rows, form.rows) * triton.cdiv(out_features, 16 * form.warps) * splits
+    waves = triton.cdiv(programs, form.resident * multiprocessors)
+    adding = 1.5 + splits * rows * out_features * 8 / 4e6 if splits > 1 else 0.0
+    return waves * triton.cdiv(blocks, splits) * form.block_time + adding
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

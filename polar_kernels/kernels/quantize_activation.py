@@ -11,13 +11,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
 from polar_kernels.kernels.ptx import max_warp, sum_warp
-from polar_kernels.kernels.ring import CHUNK_BYTES, CHUNK_ROWS
+from polar_kernels.kernels.ring import CHUNK_BYTES, CHUNK_PAIRS, CHUNK_X_BYTES
 from polar_kernels.kernels.rotate_block import rotate_block
 from polar_kernels.tiles import LEVEL_STEP
 
 _WARPS = 4
 _STEP = tl.constexpr(LEVEL_STEP)
-_ROWS, _CHUNK = tl.constexpr(CHUNK_ROWS), tl.constexpr(CHUNK_BYTES)
+_CHUNK, _CHUNK_X, _PAIRS = tl.constexpr(CHUNK_BYTES // 4), tl.constexpr(CHUNK_X_BYTES // 4), tl.constexpr(CHUNK_PAIRS)
 # 1.5 * 2^23: adding it rounds a small float to an integer in its low mantissa bits.
 _ROUND = tl.constexpr(12582912.0)
 _ROUND_BITS = tl.constexpr(0x4B400000)
@@ -25,7 +25,8 @@ _ROUND_BITS = tl.constexpr(0x4B400000)
 
 @triton.jit
 def _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES: tl.constexpr):
-    """Four columns of a block as the bytes of a word, and the block's offset and scale."""
+    """Four columns of a block as the bytes of a word, and the base and scale of the block's products: bits of
+    12582912 + p, read as a float and times scale, plus base."""
     x0, x1, x2, x3 = rotate_block(x_ptr, scales_ptr, row, block, lane, K, HAS_SCALES)
     peak = max_warp(_max(_max(tl.abs(x0), tl.abs(x1)), _max(tl.abs(x2), tl.abs(x3))))
     # A NaN or an infinity anywhere in the block makes its scale NaN, and so the row's results.
@@ -37,9 +38,10 @@ def _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES: tl.cons
     total = sum_warp((q0 + q1 + q2 + q3).to(tl.float32))
     word = (q0 & 0xFF) | ((q1 & 0xFF) << 8) | ((q2 & 0xFF) << 16) | (q3 << 24)
     # sqrt(128) of the rotation and sqrt(128) of the levels; levels are (v + 1/2) * delta, so that half the block's sum
-    # is missing from the integer product; the product's accumulator starts at _ROUND.
+    # is missing from the integer product; the product's accumulator starts at _ROUND. The base is rounded, by at most
+    # three quarters of a unit of the integer product: nothing beside the rounding of x.
     scale = tl.where(peak * 0 == 0, peak / 127.0 / 128.0 * delta, float("nan"))
-    return word, 0.5 * total - _ROUND, scale
+    return word, (0.5 * total - _ROUND) * scale, scale
 
 
 @triton.jit(do_not_specialize=["K", "blocks", "padded_rows"])
@@ -63,16 +65,16 @@ def _quantize_kernel(
     inside = block < blocks
     delta = tl.load(table_ptr + _STEP).to(tl.float32, bitcast=True)
     gdc_wait()
-    word, offset, scale = _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES)
+    word, base, scale = _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES)
     # Column 32 s + 8 q + 4 r + i goes where lane q of the product reads its eight words (s, r) in a run.
     position = (lane // 2) % 4 * 8 + lane // 8 * 2 + lane % 2
     tl.store(out_ptr + (row * blocks + block) * 32 + position, word, mask=inside)
     meta = meta_ptr + (block.to(tl.int64) * padded_rows + row) * 2
-    tl.store(meta, offset, mask=inside & (lane == 0))
+    tl.store(meta, base, mask=inside & (lane == 0))
     tl.store(meta + 1, scale, mask=inside & (lane == 0))
 
 
-@triton.jit(do_not_specialize=["K", "blocks"])
+@triton.jit(do_not_specialize=["K", "blocks", "products"])
 def _quantize_chunks_kernel(
     x_ptr,
     scales_ptr,
@@ -80,6 +82,8 @@ def _quantize_chunks_kernel(
     table_ptr,
     K,
     blocks,
+    products,
+    ROWS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     WARPS: tl.constexpr,
 ):
@@ -91,15 +95,20 @@ def _quantize_chunks_kernel(
     inside = block < blocks
     delta = tl.load(table_ptr + _STEP).to(tl.float32, bitcast=True)
     gdc_wait()
-    word, offset, scale = _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES)
-    out = out_ptr + (row // _ROWS * blocks + block) * (_CHUNK // 4)
-    own = row % _ROWS
-    # Column 32 s + 8 q + 4 r + i, of lane 8 s + 2 q + r, is in word q of the 16 bytes (s, r), which the swizzle of
-    # shared memory moves about by the row.
-    position = (lane // 8 * 2 + lane % 2 ^ own % 8) * 4 + lane // 2 % 4
-    tl.store(out + own * 32 + position, word, mask=inside)
-    pair = out + _ROWS * 32 + own * 2
-    tl.store(pair, offset.to(tl.int32, bitcast=True), mask=inside & (lane == 0))
+    word, base, scale = _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES)
+    product = row // ROWS
+    chunks: tl.constexpr = ROWS // 64  # of a block and product
+    out = out_ptr + ((product // products * blocks + block) * products + product % products) * (chunks * _CHUNK)
+    own = row % ROWS
+    # Column 32 s + 8 q + 4 r + i, of lane 8 s + 2 q + r, is in word q of the 16 bytes (s, r) of its row; the swizzle of
+    # shared memory moves those about by the row.
+    if ROWS == 64:
+        position = own * 32 + (lane // 8 * 2 + lane % 2 ^ own % 8) * 4
+    else:
+        position = lane // 16 * _CHUNK + own * 16 + (lane // 8 % 2 * 2 + lane % 2 ^ own // 2 % 4) * 4
+    tl.store(out + position + lane // 2 % 4, word, mask=inside)
+    pair = out + own // _PAIRS * _CHUNK + _CHUNK_X + own % _PAIRS * 2
+    tl.store(pair, base.to(tl.int32, bitcast=True), mask=inside & (lane == 0))
     tl.store(pair + 1, scale.to(tl.int32, bitcast=True), mask=inside & (lane == 0))
 
 
@@ -116,7 +125,7 @@ def _round(x):
 def quantize_activation(
     x: torch.Tensor, awq_scales: torch.Tensor | None, table: torch.Tensor, padded_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K] contiguous -> words int32 [Mp, Kp / 4] and (offset, scale) fp32 [Kp / 128, Mp, 2].
+    """x [M, K] contiguous -> words int32 [Mp, Kp / 4] and (base, scale) fp32 [Kp / 128, Mp, 2].
 
     table: `tiles.level_table`. padded_rows: Mp, at least M. Rows beyond M are left unwritten: each column of the
     product depends on its own row.
@@ -143,14 +152,18 @@ def quantize_activation(
     return words, meta
 
 
-def quantize_chunks(x: torch.Tensor, awq_scales: torch.Tensor | None, table: torch.Tensor) -> torch.Tensor:
-    """x [M, K] contiguous -> words int32 [ceil(M / 64), Kp / 128, 64 * 34], chunks as `ring` copies them.
+def quantize_chunks(
+    x: torch.Tensor, awq_scales: torch.Tensor | None, table: torch.Tensor, product_rows: int, products: int
+) -> torch.Tensor:
+    """x [M, K] contiguous -> words int32 [programs, Kp / 128, products, product_rows / 64, 2176], chunks of `ring`.
 
-    table: `tiles.level_table`. Rows beyond M are left unwritten.
+    product_rows: rows of x that one instruction multiplies by, 64 or 128; products: of a program, which takes
+    product_rows * products rows of x. table: `tiles.level_table`. Rows beyond M are left unwritten.
     """
     rows, in_features = x.shape
     blocks = padded_size(in_features) // BLOCK_SIZE
-    words = torch.empty(triton.cdiv(rows, CHUNK_ROWS), blocks, CHUNK_BYTES // 4, dtype=torch.int32, device=x.device)
+    shape = (triton.cdiv(rows, product_rows * products), blocks, products, product_rows // 64, CHUNK_BYTES // 4)
+    words = torch.empty(shape, dtype=torch.int32, device=x.device)
     _quantize_chunks_kernel[(rows, triton.cdiv(blocks, _WARPS))](
         x_ptr=x,
         scales_ptr=awq_scales,
@@ -158,6 +171,8 @@ def quantize_chunks(x: torch.Tensor, awq_scales: torch.Tensor | None, table: tor
         table_ptr=table,
         K=in_features,
         blocks=blocks,
+        products=products,
+        ROWS=product_rows,
         HAS_SCALES=awq_scales is not None,
         WARPS=_WARPS,
         num_warps=_WARPS,

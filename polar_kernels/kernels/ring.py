@@ -1,16 +1,19 @@
 """A ring of slots in shared memory for chunks of quantised activations, copied there ahead of their use.
 
-A chunk is 64 rows of x by one 128-block: 64 * 128 bytes of int8 in the order that wgmma's 128-byte swizzle expects,
-then 64 pairs (offset, scale) of fp32. One thread starts one bulk copy a chunk. Each slot has two mbarriers: `full`
-opens when the copy has landed, `empty` when every warp has released the slot.
+A chunk is 8192 bytes of int8 in the order that wgmma's swizzle expects, 64 rows of x by one 128-block or 128 rows by
+half of one, then 64 pairs (base, scale) of fp32. One thread starts one bulk copy a chunk. Each slot has two mbarriers:
+`full` opens when the copy has landed, `empty` when every warp has released the slot.
 """
 
 import triton
 import triton.language as tl
 
-CHUNK_ROWS = 64
-_X, _PAIR = 128 * CHUNK_ROWS, 8  # bytes of x, and of a row's pair
-CHUNK_BYTES = _X + _PAIR * CHUNK_ROWS
+from polar_kernels.kernels.ptx import as_float
+
+CHUNK_PAIRS = 64
+CHUNK_X_BYTES, _PAIR = 8192, 8  # of x, and of a row's pair
+CHUNK_BYTES = CHUNK_X_BYTES + _PAIR * CHUNK_PAIRS
+CHUNK_X = tl.constexpr(CHUNK_X_BYTES)
 _ALIGNMENT = 1024  # of x in a slot: the swizzle's period
 _STRIDE = -(-CHUNK_BYTES // _ALIGNMENT) * _ALIGNMENT  # from one slot to the next
 
@@ -67,23 +70,18 @@ def _release_code(slots: int) -> str:
     )
 
 
-@triton.constexpr_function
-def _add_code(group: int) -> str:
-    """PTX: four sums $0..$3 plus the products $8..$11 of `group`'s 8 rows of x, scaled.
-
-    $12, $13: the norms of a thread's two rows of the weight; $14: the address of the chunk, $15: the byte of a pair.
-    """
-    pair = _X + 8 * _PAIR * group
-    code = [
-        "{ .reg .b32 at; .reg .f32 offset<2>, scale<2>, product, factor; add.u32 at, $14, $15;",
-        f"ld.shared.v4.f32 {{offset0, scale0, offset1, scale1}}, [at+{pair}];",
-    ]
-    for i in range(4):
-        code.append(
-            f"add.f32 product, ${8 + i}, offset{i % 2}; mul.f32 factor, ${12 + i // 2}, scale{i % 2};"
-            f"fma.rn.f32 ${i}, product, factor, ${i};"
-        )
-    return " ".join(code) + " }"
+_LOAD_PAIRS = tl.constexpr("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];")
+# Four sums $0..$3 plus the products $8..$11 times the scales and norms: bases $12 and $14, scales $13 and $15 of two
+# rows of x, norms $16 and $17 of two rows of the weight.
+_ADD_SCALED = tl.constexpr(
+    "{ .reg .f32 product;"
+    + " ".join(
+        f"fma.rn.f32 product, ${8 + i}, ${13 + 2 * (i % 2)}, ${12 + 2 * (i % 2)};"
+        f"fma.rn.f32 ${i}, product, ${16 + i // 2}, ${i};"
+        for i in range(4)
+    )
+    + " }"
+)
 
 
 @triton.jit
@@ -114,18 +112,28 @@ def release_slot(ring, slot, lane, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def add_scaled(sums, at: tl.constexpr, products, group: tl.constexpr, n0, n1, chunk, byte):
-    """Sums `at`.. at + 3 plus a group's four products, times the norms and the scales in the chunk's pairs.
+def load_pairs(chunk, group: tl.constexpr, q):
+    """(base, scale) of rows 8 group + 2 q and the next, of the chunk's 64."""
+    address = chunk + CHUNK_X + 64 * group + q * 16
+    return tl.inline_asm_elementwise(
+        _LOAD_PAIRS, "=f,=f,=f,=f,r", [address], (tl.float32, tl.float32, tl.float32, tl.float32), False, 1
+    )
 
-    One block of assembly, so that a sum stays in its register and no other value lives long.
+
+@triton.jit
+def add_scaled(sums, products, at: tl.constexpr, pairs, n0, n1):
+    """Sums `at`.. at + 3 plus the products of two rows of x and two of the weight, times their scales and norms.
+
+    One block of assembly, so that a sum stays in its register.
     """
     return tl.inline_asm_elementwise(
-        _add_code(group),
-        "=f,=f,=f,=f,0,1,2,3,r,r,r,r,f,f,r,r",
+        _ADD_SCALED,
+        "=f,=f,=f,=f,0,1,2,3,f,f,f,f,f,f,f,f,f,f",
         [
             sums[at], sums[at + 1], sums[at + 2], sums[at + 3],
-            products[4 * group], products[4 * group + 1], products[4 * group + 2], products[4 * group + 3],
-            n0, n1, chunk, byte,
+            as_float(products[at]), as_float(products[at + 1]), as_float(products[at + 2]), as_float(products[at + 3]),
+            pairs[0], pairs[1], pairs[2], pairs[3],
+            n0, n1,
         ],
         (tl.float32, tl.float32, tl.float32, tl.float32),
         False,

@@ -3,7 +3,7 @@
 | rows of x | int8 | exact |
 |---|---|---|
 | 1 to 32, to 64 of a small weight | int8_matmul | exact_matmul, 16 at a time, to 48 |
-| to 192, on Hopper | int8_wgmma | dense |
+| to 512, to 256 of a small weight, on Hopper | int8_wgmma | dense |
 | more | dense | dense |
 
 dense: the weight dequantised, a part at a time, into one buffer that cuBLAS multiplies by. fp32 takes the plain kernel.
@@ -24,13 +24,14 @@ from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
 from polar_kernels.kernels.tile_dequantize import dequantize_tiles
 from polar_kernels.tiles import TILE_ROWS, untile_weight
 
-# Rows of x up to which a kernel is the fastest, from times on an H200; those of int8_wgmma were an earlier form's.
+# Rows of x up to which a kernel is the fastest, from times on an H200, and on an H100 where wgmma is concerned.
 _EXACT_ROWS = 3 * exact_matmul.MAX_ROWS
-_NARROW_ROWS = 32  # int8_matmul; twice as many where the weight has at most so many tiles:
+_NARROW_ROWS = 32  # int8_matmul; twice as many where the weight is small: has at most so many tiles
 _SMALL_TILES = 4096
-_WGMMA_ROWS = 192
+_WGMMA_ROWS = 256  # twice as many where it has more
 _NARROW_ONLY_ROWS = 2 * int8_matmul.MAX_ROWS  # int8_matmul on GPUs without wgmma
-_SCRATCH_BYTES = 32 << 20  # of dense weight that a dense product holds at a time
+_SCRATCH_BYTES = 64 << 20  # of dense weight that a dense product holds at a time, at most
+_SCRATCH_PRODUCT = 1 << 23  # outputs of a part: about two waves of cuBLAS's tiles on a Hopper GPU
 _STORE_BYTES, _STORE_COLUMNS = 16, 8  # the one-shot kernel writes so many at a time
 
 
@@ -58,10 +59,12 @@ def tiled_linear(
         if can_be_dense and rows > _EXACT_ROWS:
             return _dense_linear(x, *weight)
         return _in_parts(exact_linear, exact_matmul.MAX_ROWS, x, weight)
-    if rows <= _NARROW_ROWS * (2 if len(tiles) <= _SMALL_TILES else 1):
+    small = len(tiles) <= _SMALL_TILES
+    if rows <= (2 * _NARROW_ROWS if small else _NARROW_ROWS):
         return int8_linear(x, *weight)
     wgmma = _has_wgmma(x.device)
-    if can_be_dense and rows > (_WGMMA_ROWS if wgmma else _NARROW_ONLY_ROWS):
+    most = (_WGMMA_ROWS if small else 2 * _WGMMA_ROWS) if wgmma else _NARROW_ONLY_ROWS
+    if can_be_dense and rows > most:
         return _dense_linear(x, *weight)
     return int8_wgmma_linear(x, *weight) if wgmma else _in_parts(int8_linear, int8_matmul.MAX_ROWS, x, weight)
 
@@ -84,7 +87,8 @@ def _dense_linear(
     """The product with the weight dequantised part by part into one buffer: no large one is ever there whole."""
     rows, in_features = x.shape
     blocks = padded_size(in_features) // BLOCK_SIZE
-    bands = max(1, _SCRATCH_BYTES // (TILE_ROWS * in_features * x.dtype.itemsize))
+    part_rows = min(_SCRATCH_BYTES // (in_features * x.dtype.itemsize), max(_SCRATCH_PRODUCT // rows, 1024))
+    bands = max(1, part_rows // TILE_ROWS)
     scratch = x.new_empty(min(bands * TILE_ROWS, out_features), in_features)
     out = x.new_empty(rows, out_features)
     for first in range(0, out_features, bands * TILE_ROWS):

@@ -10,7 +10,7 @@ import pytest
 CALLS = """
 import torch
 from polar_kernels import PolarLinear
-from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
+from polar_kernels.kernels.int8_wgmma import FORMS, int8_wgmma_linear
 torch.manual_seed(0)
 for bits in (4, 5):
     layer = PolarLinear.from_linear(torch.nn.Linear(392, 70, device="cuda"), bits, awq_scales=torch.ones(392))
@@ -21,8 +21,9 @@ for bits in (4, 5):
             layer(torch.randn(rows, 392, device="cuda").half())
     parts = (layer.tiles, layer.tile_norms, layer.awq_scales, layer.level_table, layer.bias)
     if torch.cuda.get_device_capability() == (9, 0):
-        for splits in (1, 2):
-            int8_wgmma_linear(torch.randn(70, 392, device="cuda").half(), *parts, 70, splits)
+        for form in FORMS:
+            for splits in (1, 2):
+                int8_wgmma_linear(torch.randn(70, 392, device="cuda").half(), *parts, 70, (form, splits))
     layer.dequantize()
 torch.cuda.synchronize()
 """

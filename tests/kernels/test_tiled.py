@@ -14,7 +14,7 @@ from polar_kernels import (
     reference,
 )
 from polar_kernels.kernels import tiled as kernels_tiled
-from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
+from polar_kernels.kernels.int8_wgmma import FORMS, Form, choose_cut, int8_wgmma_linear
 from polar_kernels.tiles import level_table, tile_weight, untile_weight
 
 BITS = [2, 3, 4, 5]
@@ -91,19 +91,32 @@ def test_exact_product(device, poisoned, tiled, relative_error, rows: int, dtype
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.rows}x{form.warps}")
 @pytest.mark.parametrize("shape", [(40, 128), (257, 1152), (4096, 384), (520, 4096)])
-@pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
-def test_wgmma(device, poisoned, tiled, relative_error, shape: tuple[int, int], rows: int) -> None:
-    """However many programs share the blocks of K."""
+@pytest.mark.parametrize("rows", [1, 63, 65, 128, 300])
+def test_wgmma(device, poisoned, tiled, relative_error, shape: tuple[int, int], rows: int, form: Form) -> None:
+    """However the product is cut into programs, and however many of those share the blocks of K."""
     if torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("wgmma is Hopper's")
     tiles, stored = tiled(*shape)
     x = torch.randn(rows, shape[1], device=device).bfloat16()
     offset = torch.randn(shape[0], device=device)
     exact = reference.linear(x.double(), *stored, offset)
-    for splits in (None, 1, 2, 5):
-        y = int8_wgmma_linear(x, *tiles[:4], offset, shape[0], splits)
+    for cut in (None, (form, 1), (form, 2), (form, 5)):
+        y = int8_wgmma_linear(x, *tiles[:4], offset, shape[0], cut)
         assert relative_error(y, exact) < 1.2 * INT8_ERROR  # one block of K varies more
+
+
+@pytest.mark.parametrize("rows", [33, 64, 65, 128, 129, 512])
+@pytest.mark.parametrize("blocks", [1, 2, 9, 32, 96])
+@pytest.mark.parametrize("out_features", [1, 1024, 12288, 248320])
+def test_the_cut_fills_the_gpu(rows: int, blocks: int, out_features: int) -> None:
+    """With no program without a block, and no more than one part of a large output."""
+    form, splits = choose_cut(rows, out_features, blocks, 132)
+    assert form in FORMS
+    assert (form.rows == 64) == (rows <= 64)
+    assert 1 <= splits <= max(1, blocks // 2)
+    assert out_features < 100_000 or splits == 1
 
 
 @pytest.mark.parametrize("bias", [False, True])
