@@ -7,12 +7,15 @@ from model_patch.decode.decoder import Decoder, check_arguments
 from model_patch.decode.generation import AcceleratedGeneration
 
 
-def accelerate(model: PreTrainedModel, *, max_length: int, batch_size: int = 1) -> None:
+def accelerate(model: PreTrainedModel, *, max_length: int, batch_size: int = 1, compile: bool = True) -> None:
     """Make `model.generate` decode by CUDA graphs: one launch a token in place of thousands.
 
     max_length: tokens of a prompt and its continuation together; batch_size: sequences at once. Memory for that many is
     taken now, and the graphs of one sequence and of `batch_size` are captured; those of sizes between, when they first
     come. The model may be quantised or plain; its weights are not copied. What an earlier call made is replaced.
+
+    compile: fuse norms, rotary, SiLU and the recurrence of GatedDeltaNet by torch.compile before they are captured,
+    with the same roundings. It takes some seconds for every batch size, less once they are in its cache.
 
     Greedy and sampled decoding, of prompts that fit, take the new path and choose the tokens that they would have
     chosen. What does not fit, beam search, assisted decoding, other caches than the default and a call during another
@@ -26,7 +29,7 @@ def accelerate(model: PreTrainedModel, *, max_length: int, batch_size: int = 1) 
     check_model_type(getattr(getattr(model, "config", None), "model_type", None))
     check_arguments(model, max_length, batch_size)
     decelerate(model)
-    decoder = Decoder(model, max_length, batch_size)
+    decoder = Decoder(model, max_length, batch_size, compile)
     own = type(model)
     # The name and module are the model's own, which transformers reads and save_pretrained writes.
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}

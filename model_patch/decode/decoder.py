@@ -5,6 +5,7 @@ import threading
 from typing import Any, NoReturn
 
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -19,8 +20,9 @@ _SHORTEST = 512  # tokens a step attends to at the least; a step for each doubli
 class Decoder:
     """State and steps of one model. `busy` is held while a batch is decoded."""
 
-    def __init__(self, model: PreTrainedModel, max_length: int, batch_size: int) -> None:
+    def __init__(self, model: PreTrainedModel, max_length: int, batch_size: int, compile: bool) -> None:
         self.model, self.max_length, self.batch_size = model, max_length, batch_size
+        self._fuse = compile
         self.busy = threading.Lock()
         # Later versions of transformers renamed `past_key_values`.
         names = inspect.signature(type(model).forward).parameters
@@ -92,6 +94,9 @@ class Decoder:
                 f"no memory for the cache of {self.batch_size} sequences of {self.max_length} tokens and the graphs "
                 f"over it: lower batch_size or max_length ({str(error).splitlines()[0]})"
             ) from error
+        except BackendCompilerFailed as error:
+            reason = str(error).strip().splitlines()[0]
+            raise PolarError(f"torch.compile failed ({reason}); accelerate(compile=False) does without") from error
         self._built_for = self._fingerprint()
 
     @property
@@ -112,7 +117,7 @@ class Decoder:
         if (rows, window) not in self._steps:
             step = Step(self.model, self._state, self.cache_name, rows, window)
             if self._pool is not None:
-                step.capture(self._pool)
+                step.capture(self._pool, self._fuse)
             self._steps[rows, window] = step
         return self._steps[rows, window]
 

@@ -1,11 +1,13 @@
 """One decoding step: a token for each row in, its logits out; on a GPU, a CUDA graph."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from model_patch.decode.attention import decode_attention_of
+from model_patch.decode.fusion import fused
 from model_patch.decode.state import DecodeState
 
 _WARM_UPS = 2  # the first compiles kernels, the second allocates as the capture will
@@ -45,8 +47,21 @@ class Step:
         return out.logits
 
     @torch.inference_mode(False)
-    def capture(self, pool: Any) -> None:
-        """Make the CUDA graph, in memory shared with the other graphs of `pool`. Overwrites the state."""
+    def capture(self, pool: Any, fuse: bool) -> None:
+        """Make the CUDA graph, in memory shared with the other graphs of `pool`; of fused kernels, or of those that
+        run without. Overwrites the state."""
+        with fused(self._model) if fuse else nullcontext():
+            self._capture(pool)
+
+    def __call__(self) -> torch.Tensor:
+        """Logits [rows, 1, vocabulary]; those of a graph are overwritten by its next step."""
+        if self._graph is None:
+            return self.run()
+        self._graph.replay()
+        assert self._logits is not None  # capture made both
+        return self._logits
+
+    def _capture(self, pool: Any) -> None:
         stream = torch.cuda.Stream(self._model.device)
         stream.wait_stream(torch.cuda.current_stream(self._model.device))
         with torch.cuda.device(self._model.device):
@@ -61,14 +76,6 @@ class Step:
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._logits = self.run()
         self._graph = graph
-
-    def __call__(self) -> torch.Tensor:
-        """Logits [rows, 1, vocabulary]; those of a graph are overwritten by its next step."""
-        if self._graph is None:
-            return self.run()
-        self._graph.replay()
-        assert self._logits is not None  # capture made both
-        return self._logits
 
     def _rewind(self) -> None:
         self._state.slot.zero_()

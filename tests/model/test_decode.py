@@ -4,12 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from model_patch import accelerate, decelerate, patch_model, set_activation
 from model_patch.decode import decoder as decoder_module
+from model_patch.decode import fusion
+from model_patch.decode.step import Step
 from model_patch.demo import MODEL
 from model_patch.load import load_model, load_tokenizer
 
@@ -62,7 +65,7 @@ def test_tokens_are_those_of_the_plain_path(zoo: Any, architecture: str, quantiz
     expected = [model.generate(**arguments) for arguments in asked]
     torch.manual_seed(1)
     drawn = model.generate(**sampled)
-    accelerate(model, max_length=LENGTH, batch_size=ROWS)
+    accelerate(model, compile=False, max_length=LENGTH, batch_size=ROWS)
     for arguments, ids in zip(asked, expected, strict=True):
         assert torch.equal(model.generate(**arguments), ids)
     torch.manual_seed(1)
@@ -76,7 +79,7 @@ def test_prompts_with_an_image(zoo: Any, name: str) -> None:
     arguments = zoo.inputs(name) | GREEDY
     expected = model.generate(**arguments)
     without = model.generate(arguments["input_ids"], **GREEDY)
-    accelerate(model, max_length=LENGTH, batch_size=2)
+    accelerate(model, compile=False, max_length=LENGTH, batch_size=2)
     assert torch.equal(model.generate(**arguments), expected)
     assert torch.equal(model.generate(arguments["input_ids"], **GREEDY), without)
     assert not torch.equal(expected, without)
@@ -88,7 +91,7 @@ def test_the_longest_sequence_that_fits(zoo: Any) -> None:
     new = LENGTH + 1 - prompt["input_ids"].shape[1]  # the last token is not read again
     arguments = prompt | GREEDY | {"max_new_tokens": new, "min_new_tokens": new}
     expected = model.generate(**arguments)
-    accelerate(model, max_length=LENGTH, batch_size=ROWS)
+    accelerate(model, compile=False, max_length=LENGTH, batch_size=ROWS)
     assert torch.equal(model.generate(**arguments), expected)
 
 
@@ -96,7 +99,7 @@ def test_nothing_stays_of_sequences_before(zoo: Any) -> None:
     model = patched(zoo, "qwen3_5_text")
     arguments = prompts(zoo.device) | GREEDY
     expected = model.generate(**arguments)
-    accelerate(model, max_length=LENGTH, batch_size=ROWS)
+    accelerate(model, compile=False, max_length=LENGTH, batch_size=ROWS)
     for layer in model._decoder._state._layers:
         for tensor in vars(layer).values():
             tensor.fill_(float("nan"))
@@ -123,7 +126,7 @@ class _Program(TorchDispatchMode):
 def test_a_step_is_the_same_program_at_every_token(zoo: Any, architecture: str) -> None:
     """What a CUDA graph needs: no number that changes from token to token, and none read from a tensor."""
     model = patched(zoo, architecture)
-    accelerate(model, max_length=LENGTH, batch_size=ROWS)
+    accelerate(model, compile=False, max_length=LENGTH, batch_size=ROWS)
     model.generate(**prompts(zoo.device) | GREEDY | {"max_new_tokens": 5, "min_new_tokens": 5})
     decoder, programs = model._decoder, []
     for _ in range(3):
@@ -143,7 +146,7 @@ def test_rows_stop_by_themselves(zoo: Any) -> None:
     ends = [written[0, 3].item(), written[1, 9].item()]
     arguments = free | {"eos_token_id": ends, "min_new_tokens": 0}
     expected, streamed = model.generate(**arguments), Recorder()
-    accelerate(model, max_length=LENGTH, batch_size=ROWS)
+    accelerate(model, compile=False, max_length=LENGTH, batch_size=ROWS)
     assert torch.equal(model.generate(**arguments), expected)
     one = arguments | {key: free[key][:1] for key in ("input_ids", "attention_mask")}
     ids = model.generate(**one, streamer=streamed)
@@ -163,7 +166,7 @@ def test_stop_strings_and_own_criteria(zoo: Any) -> None:
             return torch.full((len(input_ids),), input_ids.shape[1] >= 20, device=input_ids.device)
 
     expected = model.generate(**asked, **stops), model.generate(**asked, stopping_criteria=[AtTwenty()])
-    accelerate(model, max_length=LENGTH)
+    accelerate(model, compile=False, max_length=LENGTH)
     assert torch.equal(model.generate(**asked, **stops), expected[0])
     assert torch.equal(model.generate(**asked, stopping_criteria=[AtTwenty()]), expected[1])
     assert expected[0].shape[1] < asked["input_ids"].shape[1] + 30
@@ -175,7 +178,7 @@ def test_scores_logits_and_cache_are_returned(zoo: Any) -> None:
     arguments = prompts(zoo.device) | GREEDY
     asked = arguments | {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     expected = model.generate(**asked)
-    accelerate(model, max_length=LENGTH, batch_size=ROWS)
+    accelerate(model, compile=False, max_length=LENGTH, batch_size=ROWS)
     found = model.generate(**asked)
     assert torch.equal(found.sequences, expected.sequences)
     for name in ("scores", "logits"):
@@ -202,7 +205,7 @@ def test_a_conversation_goes_on_in_its_cache(zoo: Any) -> None:
         return model.generate(torch.cat([ids, more], 1), past_key_values=cache, **GREEDY)
 
     expected = talk()
-    accelerate(model, max_length=LENGTH)
+    accelerate(model, compile=False, max_length=LENGTH)
     assert torch.equal(talk(), expected)
 
 
@@ -217,7 +220,7 @@ def test_an_interruption_leaves_nothing_behind(zoo: Any, error: type[BaseExcepti
     model = patched(zoo, "qwen3_5_text")
     arguments = prompts(zoo.device, 1) | GREEDY
     expected = model.generate(**arguments)
-    accelerate(model, max_length=LENGTH)
+    accelerate(model, compile=False, max_length=LENGTH)
     with pytest.raises(error):
         model.generate(**arguments, streamer=Stops())
     assert torch.equal(model.generate(**arguments), expected)
@@ -226,7 +229,7 @@ def test_an_interruption_leaves_nothing_behind(zoo: Any, error: type[BaseExcepti
 def test_layers_may_change_afterwards(zoo: Any) -> None:
     model = zoo.model("qwen3_5_text")
     arguments = prompts(zoo.device) | GREEDY
-    accelerate(model, max_length=LENGTH, batch_size=ROWS)
+    accelerate(model, compile=False, max_length=LENGTH, batch_size=ROWS)
     before = model._decoder._steps[1, 16]
     model.generate(**arguments)
     assert model._decoder._steps[1, 16] is before
@@ -242,11 +245,65 @@ def test_layers_may_change_afterwards(zoo: Any) -> None:
     assert torch.equal(model.generate(**arguments), found)
 
 
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_vl_tied"])
+def test_fused_regions_are_compiled_once_for_all_layers(zoo: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(fusion, "BACKEND", counter)
+    model = patched(zoo, name)
+    accelerate(model, compile=False, max_length=LENGTH, batch_size=ROWS)
+    model.generate(**prompts(zoo.device) | GREEDY)
+    decoder, before = model._decoder, [getattr(*region) for region in fusion.regions(model)]
+    slot, positions = decoder._state.slot.clone(), decoder._state.positions.clone()
+    expected = decoder._steps[ROWS, 64].run()
+    counts = []
+    for _ in range(2):
+        decoder._state.slot.copy_(slot)
+        decoder._state.positions.copy_(positions)
+        with fusion.fused(model):
+            logits = decoder._steps[ROWS, 64].run()
+        counts.append(counter.frame_count)
+    if name == "qwen3_vl_tied":  # without a state that the first run changed
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    norms = 3  # of the hidden state, of queries and of keys; anything else has one shape
+    assert counts == [len(before) - 1 + norms] * 2
+    assert [getattr(*region) for region in fusion.regions(model)] == before
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen2_tied_odd"])
+def test_tokens_with_fused_regions(zoo: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are captured on a GPU; the compiler's front end alone, which is quick."""
+    monkeypatch.setattr(fusion, "BACKEND", "eager")
+    model = patched(zoo, name)
+    arguments = prompts(zoo.device) | GREEDY
+    expected = model.generate(**arguments)
+    accelerate(model, compile=False, max_length=LENGTH, batch_size=ROWS)
+    run = Step.run
+
+    def fused_run(self: Step) -> torch.Tensor:
+        with fusion.fused(self._model):
+            return run(self)
+
+    monkeypatch.setattr(Step, "__call__", fused_run)
+    assert torch.equal(model.generate(**arguments), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_graphs_write_the_same_tokens(zoo: Any, dtype: torch.dtype) -> None:
+    model = zoo.model("qwen3_5_text", dtype)
+    patch_model(model)
+    set_activation(model, "exact")
+    arguments = prompts(zoo.device, 2) | GREEDY
+    expected = model.generate(**arguments)
+    accelerate(model, max_length=LENGTH, batch_size=2)
+    assert torch.equal(model.generate(**arguments), expected)
+
+
 @pytest.mark.gpu
 def test_a_step_is_one_graph_and_weights_are_not_copied(zoo: Any) -> None:
     model = patched(zoo, "qwen3_5_text")
     model.generate(**prompts(zoo.device) | GREEDY)
-    accelerate(model, max_length=LENGTH, batch_size=ROWS)
+    accelerate(model, compile=False, max_length=LENGTH, batch_size=ROWS)
     assert all(step._graph is not None for step in model._decoder._steps.values())
     assert {rows for rows, _ in model._decoder._steps} == {1, ROWS}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

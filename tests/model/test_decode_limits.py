@@ -36,7 +36,7 @@ REFUSED = {
 def model(zoo: Any) -> Any:
     model = zoo.model("qwen3")
     patch_model(model)
-    accelerate(model, max_length=24, batch_size=3)
+    accelerate(model, compile=False, max_length=24, batch_size=3)
     return model
 
 
@@ -104,8 +104,8 @@ def test_positions_that_do_not_cover_the_cache(zoo: Any, model: Any) -> None:
 def test_twice_and_undone(zoo: Any, tmp_path: Path) -> None:
     model = zoo.model("qwen3_5_text")
     own, names = type(model), set(vars(model))
-    accelerate(model, max_length=16)
-    accelerate(model, max_length=32, batch_size=2)
+    accelerate(model, compile=False, max_length=16)
+    accelerate(model, compile=False, max_length=32, batch_size=2)
     assert isinstance(model, own)
     assert type(model).__mro__.count(own) == 1
     assert (model._decoder.max_length, model._decoder.batch_size) == (32, 2)
@@ -134,15 +134,15 @@ def test_models_it_does_not_know(zoo: Any) -> None:
     sliding = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "num_hidden_layers": 2}
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, **shape, **sliding)).eval()
     with pytest.raises(UnsupportedModelError, match="layer 1 keeps its past in a DynamicSlidingWindowLayer"):
-        accelerate(model, max_length=8)
+        accelerate(model, compile=False, max_length=8)
     with torch.device("meta"):
         empty = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, **shape, num_hidden_layers=1))
     with pytest.raises(UnsupportedModelError, match="one CPU or CUDA device, found it on meta"):
-        accelerate(empty, max_length=8)
+        accelerate(empty, compile=False, max_length=8)
     split = zoo.model("qwen3")
     split.lm_head.to("meta")
     with pytest.raises(UnsupportedModelError, match="found it on"):
-        accelerate(split, max_length=8)
+        accelerate(split, compile=False, max_length=8)
 
 
 def test_no_memory(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,5 +153,5 @@ def test_no_memory(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own = type(model)
     monkeypatch.setattr("model_patch.decode.decoder.DecodeState", fails)
     with pytest.raises(PolarError, match=r"3 sequences of 99 tokens .* lower batch_size or max_length"):
-        accelerate(model, max_length=99, batch_size=3)
+        accelerate(model, compile=False, max_length=99, batch_size=3)
     assert type(model) is own
