@@ -29,7 +29,7 @@ from model_patch.load import load_model
 from polar_kernels import PolarError
 from polar_kernels.version import __version__
 
-COMMANDS = ("quantize", "inspect", "verify", "generate", "chat", "ppl", "dequantize", "convert", "env", "demo")
+COMMANDS = ("quantize", "inspect", "verify", "generate", "chat", "serve", "ppl", "dequantize", "convert", "env", "demo")
 MAIN = "from model_patch.cli import main; main()"
 DOWN, HEAD, EMBEDDING = "model.layers.0.mlp.down_proj", "lm_head", "model.embed_tokens"
 
@@ -164,6 +164,8 @@ def test_every_command_has_help(command: str) -> None:
         ["generate", "a", "b", "--max-new-tokens", "0"],
         ["generate", "a", "b", "--temperature", "-1"],
         ["chat"],
+        ["serve"],
+        ["serve", "a", "--port", "0"],
         ["chat", "a", "--max-new-tokens", "0"],
         ["ppl", "a"],
         ["ppl", "a", "--text", "t", "--window", "1"],
