@@ -1,6 +1,7 @@
 """PolarQuant in Qwen models: patch, quantise, save, load. Importing this registers `quant_method: polarquant`."""
 
 from model_patch.config import PolarQuantConfig
+from model_patch.decode import accelerate, decelerate
 from model_patch.errors import CheckpointError, ConfigError, OutputError, UnsupportedModelError
 from model_patch.groups import group_projections, ungroup_projections
 from model_patch.hf import register
@@ -18,6 +19,8 @@ __all__ = [
     "PolarQuantConfig",
     "UnsupportedModelError",
     "__version__",
+    "accelerate",
+    "decelerate",
     "group_projections",
     "load_model",
     "patch_model",

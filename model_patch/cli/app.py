@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from model_patch.cli.bench import bench
+from model_patch.cli.chat import chat
 from model_patch.cli.convert import convert
 from model_patch.cli.demo import demo
 from model_patch.cli.dequantize import dequantize
@@ -19,6 +20,7 @@ from model_patch.cli.generate import generate
 from model_patch.cli.inspect import inspect
 from model_patch.cli.ppl import ppl
 from model_patch.cli.quantize import quantize
+from model_patch.cli.serve import serve
 from model_patch.cli.verify import verify
 from polar_kernels import PolarError
 from polar_kernels.version import __version__
@@ -37,7 +39,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="polar", cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-for command in (quantize, inspect, verify, generate, ppl, dequantize, convert, env, demo):
+for command in (quantize, inspect, verify, generate, chat, serve, ppl, dequantize, convert, env, demo):
     app.command()(command)
 app.add_typer(bench)
 

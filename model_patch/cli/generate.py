@@ -1,13 +1,25 @@
 """`polar generate`: text from a checkpoint, as it comes."""
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from transformers import TextStreamer
 
-from model_patch.cli.options import AsJson, Device, DType, Exact, Folder, pick_device, pick_dtype, print_json
+from model_patch.cli.options import (
+    Accelerated,
+    AsJson,
+    Device,
+    DType,
+    Exact,
+    Folder,
+    pick_accelerated,
+    pick_device,
+    pick_dtype,
+    print_json,
+)
+from model_patch.decode import accelerate
 from model_patch.load import load_model, load_tokenizer
 from model_patch.patch import set_activation
 from polar_kernels.errors import ArgumentError
@@ -21,6 +33,7 @@ def generate(
     device: Device = None,
     dtype: DType = None,
     exact: Exact = False,
+    accelerated: Accelerated = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue PROMPT with the model in DIR; a line on stderr tells the speed."""
@@ -31,14 +44,25 @@ def generate(
         raise ArgumentError("the prompt has no tokens: give it at least a word")
     model = load_model(folder, device=target, dtype=pick_dtype(dtype, target))
     set_activation(model, "exact" if exact else "int8")
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    if pick_accelerated(accelerated, target):
+        # One prompt does not give back what torch.compile takes.
+        accelerate(model, max_length=inputs.input_ids.shape[1] + max_new_tokens, compile=False)
     streamer = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)
     start = time.perf_counter()
     with torch.inference_mode():
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)[0]
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling(temperature))[0]
     seconds = time.perf_counter() - start
     new = len(ids) - inputs.input_ids.shape[1]
     if as_json:
         text = tokenizer.decode(ids, skip_special_tokens=True)
         print_json({"text": text, "new_tokens": new, "seconds": seconds})
-    typer.echo(f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tok/s", err=True)
+    typer.echo(speed(new, seconds), err=True)
+
+
+def sampling(temperature: float) -> dict[str, Any]:
+    """Options of `generate` for --temperature."""
+    return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+
+
+def speed(new_tokens: int, seconds: float) -> str:
+    return f"{new_tokens} tokens in {seconds:.2f} s, {new_tokens / seconds:.1f} tok/s"

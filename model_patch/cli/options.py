@@ -29,6 +29,10 @@ DType = Annotated[
 Exact = Annotated[
     bool, typer.Option("--exact", help="Keep activations in their dtype where a GPU would take them in int8.")
 ]
+Accelerated = Annotated[
+    bool | None,
+    typer.Option("--accelerated/--plain", help="Decode by CUDA graphs, or by transformers alone; graphs on a GPU."),
+]
 ShardSize = Annotated[str, typer.Option(help="Largest size of a shard.", callback=_check_shard_size)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 
@@ -44,6 +48,11 @@ def pick_device(device: str | None) -> torch.device:
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs that torch can use")
     return picked
+
+
+def pick_accelerated(accelerated: bool | None, device: torch.device) -> bool:
+    """The asked way of decoding, or the default for the device."""
+    return device.type == "cuda" if accelerated is None else accelerated
 
 
 def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:

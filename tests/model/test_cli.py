@@ -29,7 +29,7 @@ from model_patch.load import load_model
 from polar_kernels import PolarError
 from polar_kernels.version import __version__
 
-COMMANDS = ("quantize", "inspect", "verify", "generate", "ppl", "dequantize", "convert", "env", "demo")
+COMMANDS = ("quantize", "inspect", "verify", "generate", "chat", "serve", "ppl", "dequantize", "convert", "env", "demo")
 MAIN = "from model_patch.cli import main; main()"
 DOWN, HEAD, EMBEDDING = "model.layers.0.mlp.down_proj", "lm_head", "model.embed_tokens"
 
@@ -163,6 +163,10 @@ def test_every_command_has_help(command: str) -> None:
         ["generate", "a"],
         ["generate", "a", "b", "--max-new-tokens", "0"],
         ["generate", "a", "b", "--temperature", "-1"],
+        ["chat"],
+        ["serve"],
+        ["serve", "a", "--port", "0"],
+        ["chat", "a", "--max-new-tokens", "0"],
         ["ppl", "a"],
         ["ppl", "a", "--text", "t", "--window", "1"],
         ["ppl", "a", "--text", "t", "--stride", "0"],
@@ -554,6 +558,16 @@ def test_generate_samples_at_a_temperature(tiny: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_generate_in_a_dtype(packed: Path, dtype: str) -> None:
     assert _json("generate", packed, "The", "--max-new-tokens", 2, "--dtype", dtype)["new_tokens"] == 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generate_accelerated_writes_the_same(packed_model: Path, temperature: float) -> None:
+    args = ("generate", packed_model, "The kernel is", "--max-new-tokens", 12, "--temperature", temperature, "--exact")
+    texts = []
+    for way in ("--plain", "--accelerated"):
+        torch.manual_seed(3)
+        texts.append(_json(*args, way)["text"])
+    assert texts[0] == texts[1]
 
 
 def test_generate_refuses(tiny: Path, tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""`polar serve`: an OpenAI-compatible server."""
+
+import socket
+from typing import Annotated
+
+import typer
+from transformers import PreTrainedModel
+
+from model_patch.cli.options import (
+    Accelerated,
+    Device,
+    DType,
+    Exact,
+    Folder,
+    pick_accelerated,
+    pick_device,
+    pick_dtype,
+    warn,
+)
+from model_patch.decode import accelerate
+from model_patch.errors import ConfigError
+from model_patch.load import load_model
+from model_patch.patch import set_activation
+
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    folder: Folder,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
+    max_length: Annotated[
+        int, typer.Option(min=2, help="Tokens of prompt and answer together that are decoded by graphs.")
+    ] = 8192,
+    continuous_batching: Annotated[
+        bool, typer.Option("--continuous-batching", help="Decode requests together, by transformers; not Qwen3.5.")
+    ] = False,
+    device: Device = None,
+    dtype: DType = None,
+    exact: Exact = False,
+    accelerated: Accelerated = None,
+) -> None:
+    """Serve the model in DIR at http://HOST:PORT/v1: chat completions, streamed or whole. Ctrl-C stops."""
+    from model_patch.serve import serve as run
+
+    target = pick_device(device)
+    as_dtype = pick_dtype(dtype, target)
+    _check_free(host, port)
+    if host not in _LOCAL:
+        warn([f"anyone who reaches {host} can use this server: it asks for no key"])
+
+    def load() -> PreTrainedModel:
+        model = load_model(folder, device=target, dtype=as_dtype)
+        set_activation(model, "exact" if exact else "int8")
+        if pick_accelerated(accelerated, target) and not continuous_batching:
+            accelerate(model, max_length=max_length)
+        typer.echo(f"{folder} at http://{host}:{port}/v1, Ctrl-C stops", err=True)
+        return model
+
+    try:
+        run(folder, load, host=host, port=port, continuous_batching=continuous_batching)
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raise ConfigError when nothing can listen there, before a model is loaded."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--host {host} --port {port}: {error.strerror or error}") from error
