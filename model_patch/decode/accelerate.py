@@ -5,6 +5,8 @@ from transformers import PreTrainedModel
 from model_patch.architectures import check_model_type
 from model_patch.decode.decoder import Decoder, check_arguments
 from model_patch.decode.generation import AcceleratedGeneration
+from model_patch.groups import group_projections, ungroup_projections
+from polar_kernels import PolarGroup
 
 
 def accelerate(model: PreTrainedModel, *, max_length: int, batch_size: int = 1, compile: bool = True) -> None:
@@ -16,6 +18,8 @@ def accelerate(model: PreTrainedModel, *, max_length: int, batch_size: int = 1, 
 
     compile: fuse norms, rotary, SiLU and the recurrence of GatedDeltaNet by torch.compile before they are captured,
     with the same roundings. It takes some seconds for every batch size, less once they are in its cache.
+
+    Quantised projections that read the same activation are grouped (`group_projections`) until `decelerate`.
 
     Greedy and sampled decoding, of prompts that fit, take the new path and choose the tokens that they would have
     chosen. What does not fit, beam search, assisted decoding, other caches than the default and a call during another
@@ -29,7 +33,14 @@ def accelerate(model: PreTrainedModel, *, max_length: int, batch_size: int = 1, 
     check_model_type(getattr(getattr(model, "config", None), "model_type", None))
     check_arguments(model, max_length, batch_size)
     decelerate(model)
-    decoder = Decoder(model, max_length, batch_size, compile)
+    grouped = _group(model)
+    try:
+        decoder = Decoder(model, max_length, batch_size, compile)
+    except BaseException:
+        if grouped:
+            ungroup_projections(model)
+        raise
+    decoder.grouped = grouped
     own = type(model)
     # The name and module are the model's own, which transformers reads and save_pretrained writes.
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
@@ -41,4 +52,14 @@ def decelerate(model: PreTrainedModel) -> None:
     """Undo `accelerate`, and free what it took. Does nothing to a model that is as it was."""
     if isinstance(model, AcceleratedGeneration):
         model.__class__ = type(model).__mro__[2]
+        grouped = model._decoder.grouped
         del model._decoder
+        if grouped:
+            ungroup_projections(model)
+
+
+def _group(model: PreTrainedModel) -> bool:
+    """Merge the projections that read the same activation, where that helps; whether it was done here."""
+    if model.device.type != "cuda" or any(isinstance(module, PolarGroup) for module in model.modules()):
+        return False
+    return bool(group_projections(model))

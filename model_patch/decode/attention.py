@@ -11,6 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from model_patch.decode.attention_step import attention_step
+
 NAME = "polar_decode"
 
 
@@ -26,10 +28,13 @@ def decode_attention(
     """query [rows, heads, 1, dim], key and value [rows, kv_heads, length, dim], mask bool [rows, 1, 1, length]
     -> [rows, 1, heads, dim].
 
-    The heads that share a key are queries of one head. Several new tokens, as another thread may bring while the
-    name of this function is in the config, go to transformers' own.
+    On a GPU by `attention_step`; elsewhere the heads that share a key are queries of one head of torch's. Several new
+    tokens, as another thread may bring while the name of this function is in the config, go to transformers' own.
     """
     rows, heads, length, dim = query.shape
+    if length == 1 and query.is_cuda and attention_mask is not None:
+        scale = dim**-0.5 if scaling is None else scaling
+        return attention_step(query[:, :, 0], key, value, attention_mask[:, 0, 0], scale)[:, None], None
     if length != 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     grouped = query.reshape(rows, key.shape[1], -1, dim)

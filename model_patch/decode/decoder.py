@@ -18,7 +18,9 @@ _SHORTEST = 512  # tokens a step attends to at the least; a step for each doubli
 
 
 class Decoder:
-    """State and steps of one model. `busy` is held while a batch is decoded."""
+    """State and steps of one model. `busy` is held while a batch is decoded; `grouped`: accelerate grouped layers."""
+
+    grouped = False
 
     def __init__(self, model: PreTrainedModel, max_length: int, batch_size: int, compile: bool) -> None:
         self.model, self.max_length, self.batch_size = model, max_length, batch_size

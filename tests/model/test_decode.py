@@ -9,12 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from model_patch import accelerate, decelerate, patch_model, set_activation
+from model_patch import accelerate, decelerate, group_projections, patch_model, set_activation
 from model_patch.decode import decoder as decoder_module
 from model_patch.decode import fusion
 from model_patch.decode.step import Step
 from model_patch.demo import MODEL
 from model_patch.load import load_model, load_tokenizer
+from polar_kernels import PolarGroup
 
 pytestmark = pytest.mark.filterwarnings("error:.*without the captured steps:UserWarning")
 GREEDY = {"max_new_tokens": 18, "min_new_tokens": 18, "do_sample": False, "pad_token_id": 0}
@@ -310,3 +311,20 @@ def test_a_step_is_one_graph_and_weights_are_not_copied(zoo: Any) -> None:
         model._decoder._steps[1, 16]()
     assert sum(event.count for event in profile.key_averages() if event.key == "cudaGraphLaunch") == 1
     assert not [event.key for event in profile.key_averages() if event.key == "cudaLaunchKernel"]
+
+
+@pytest.mark.gpu
+def test_projections_are_grouped_meanwhile(zoo: Any) -> None:
+    model = patched(zoo, "qwen3_5_text")
+
+    def groups() -> int:
+        return sum(isinstance(module, PolarGroup) for module in model.modules())
+
+    accelerate(model, max_length=LENGTH, batch_size=ROWS)
+    assert groups() > 0
+    decelerate(model)
+    assert groups() == 0
+    group_projections(model)
+    accelerate(model, max_length=LENGTH, batch_size=ROWS)
+    decelerate(model)
+    assert groups() > 0  # which accelerate did not make

@@ -1,0 +1,71 @@
+"""GatedDeltaNet layers that take a token by `delta_step`, in place of some twenty small kernels."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from model_patch.decode.delta_step import delta_step
+
+_swapping = threading.Lock()
+
+
+@contextmanager
+def delta_steps(model: PreTrainedModel) -> Iterator[None]:
+    """The GatedDeltaNet layers of `model`'s architecture, in the whole process, take one token at a time meanwhile."""
+    kinds = {type(layer) for layer in delta_layers(model) if fits(layer)}
+    with _swapping:
+        plain = {kind: kind.forward for kind in kinds}
+        try:
+            for kind in kinds:
+                kind.forward = step_forward
+            yield
+        finally:
+            for kind, forward in plain.items():
+                kind.forward = forward
+
+
+def delta_layers(model: PreTrainedModel) -> list[Any]:
+    decoder = model.get_decoder()
+    file = sys.modules[type(decoder).__module__]
+    return [
+        module
+        for module in decoder.modules()
+        if type(module).__module__ == file.__name__ and type(module).__name__.endswith("GatedDeltaNet")
+    ]
+
+
+def fits(layer: Any) -> bool:
+    """Whether the kernels compute what the layer does: SiLU, no bias, plain gates, its own file's norm, one dtype."""
+    plain_gates = all(type(gate) is nn.Linear and gate.bias is None for gate in (layer.in_proj_a, layer.in_proj_b))
+    own_norm = type(layer.norm).__module__ == type(layer).__module__
+    one_dtype = len({layer.norm.weight.dtype, layer.conv1d.weight.dtype, layer.in_proj_a.weight.dtype}) == 1
+    return layer.activation == "silu" and layer.conv1d.bias is None and plain_gates and own_norm and one_dtype
+
+
+def step_forward(layer: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`forward` of a layer whose cache holds a past: hidden_states [rows, 1, width] -> the same shape."""
+    # Later versions of transformers renamed `cache_params`.
+    cache: Any = kwargs.get("cache", kwargs.get("cache_params"))
+    state = cache.layers[layer.layer_idx]
+    hidden = hidden_states[:, 0].contiguous()
+    out = delta_step(
+        hidden,
+        layer.in_proj_qkv(hidden),
+        layer.in_proj_z(hidden),
+        state.conv_states[0],
+        state.recurrent_states[0],
+        layer.conv1d.weight[:, 0],
+        layer.in_proj_a.weight,
+        layer.in_proj_b.weight,
+        layer.A_log,
+        layer.dt_bias,
+        layer.norm.weight,
+        layer.norm.variance_epsilon,
+    )
+    return layer.out_proj(out[:, None])
