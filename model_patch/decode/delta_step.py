@@ -17,7 +17,7 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _convolve(x_ptr, state_ptr, weight_ptr, out_ptr, row, first, channels, taps, CHANNELS: tl.constexpr):
+def _convolve(x_ptr, state_ptr, weight_ptr, out_ptr, row, x_row, first, channels, taps, CHANNELS: tl.constexpr):
     """CHANNELS channels of a row: the state, its last `taps` tokens, moves on by x, is weighed, goes through SiLU."""
     channel = first + tl.arange(0, CHANNELS)
     inside = channel < channels
@@ -28,7 +28,7 @@ def _convolve(x_ptr, state_ptr, weight_ptr, out_ptr, row, first, channels, taps,
         if tap + 1 < taps:
             token = tl.load(state_ptr + at * taps + tap + 1, mask=inside, other=0.0)
         else:
-            token = tl.load(x_ptr + at, mask=inside, other=0.0).to(state_ptr.dtype.element_ty)
+            token = tl.load(x_ptr + row * x_row + channel, mask=inside, other=0.0).to(state_ptr.dtype.element_ty)
         y += token.to(tl.float32) * tl.load(weight_ptr + channel * taps + tap, mask=inside, other=0.0).to(tl.float32)
         tl.store(state_ptr + at * taps + tap, token, mask=inside)
     y = y.to(dtype).to(tl.float32)
@@ -59,6 +59,7 @@ def _prepare_kernel(
     dt_bias_ptr,
     gates_ptr,
     width,
+    x_row,
     channels,
     taps,
     heads,
@@ -82,7 +83,7 @@ def _prepare_kernel(
             tl.store(gate + 1, _sigmoid(b).to(dtype).to(tl.float32))
     else:
         first = (part - 2 * heads) * CHANNELS
-        _convolve(x_ptr, state_ptr, conv_weight_ptr, out_ptr, row, first, channels, taps, CHANNELS)
+        _convolve(x_ptr, state_ptr, conv_weight_ptr, out_ptr, row, x_row, first, channels, taps, CHANNELS)
 
 
 @triton.jit
@@ -93,6 +94,7 @@ def _delta_kernel(
     z_ptr,
     norm_ptr,
     out_ptr,
+    z_row,
     heads,
     key_heads,
     key_dim,
@@ -124,9 +126,9 @@ def _delta_kernel(
     y = tl.sum(state * q[:, None], axis=0).to(dtype).to(tl.float32)
     y = (y * tl.rsqrt(tl.sum(y * y, axis=0) / value_dim + epsilon)).to(dtype).to(tl.float32)
     y = (y * tl.load(norm_ptr + j, mask=j < value_dim, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
-    at = (row * heads + head) * value_dim + j
-    z = tl.load(z_ptr + at, mask=j < value_dim, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, (y * z * _sigmoid(z)).to(dtype), mask=j < value_dim)
+    at = head * value_dim + j
+    z = tl.load(z_ptr + row * z_row + at, mask=j < value_dim, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * heads * value_dim + at, (y * z * _sigmoid(z)).to(dtype), mask=j < value_dim)
 
 
 def delta_step(
@@ -148,12 +150,13 @@ def delta_step(
     hidden [rows, width]: the layer's input; x [rows, channels]: q, k and v before the convolution; z [rows, heads *
     value_dim]: the output gate; conv_state [rows, channels, taps]; recurrent_state [rows, heads, key_dim, value_dim];
     conv_weight [channels, taps]; a_weight, b_weight [heads, width]; a_log, dt_bias [heads];
-    norm_weight [value_dim]. All contiguous, on one device. Returns [rows, heads * value_dim] in x's dtype.
+    norm_weight [value_dim]. All contiguous but
+    for the rows of x and z, which may be parts of longer ones. Returns [rows, heads * value_dim] in x's dtype.
     """
     rows, width = hidden.shape
     channels, taps = conv_weight.shape
     _, heads, key_dim, value_dim = recurrent_state.shape
-    convolved = torch.empty_like(x)
+    convolved = x.new_empty(rows, channels)
     gates = torch.empty(rows, heads, 2, dtype=torch.float32, device=x.device)
     _prepare_kernel[(2 * heads + triton.cdiv(channels, _CHANNELS), rows)](
         hidden,
@@ -167,6 +170,7 @@ def delta_step(
         dt_bias,
         gates,
         width,
+        x.stride(0),
         channels,
         taps,
         heads,
@@ -174,7 +178,7 @@ def delta_step(
         DOT=_DOT,
         num_warps=4,
     )
-    out = torch.empty_like(z)
+    out = x.new_empty(rows, heads * value_dim)
     _delta_kernel[(heads, rows)](
         convolved,
         gates,
@@ -182,6 +186,7 @@ def delta_step(
         z,
         norm_weight,
         out,
+        z.stride(0),
         heads,
         (channels - heads * value_dim) // (2 * key_dim),
         key_dim,

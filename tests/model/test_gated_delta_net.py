@@ -85,6 +85,27 @@ def test_tokens_and_states(device: torch.device, shape: tuple[int, ...], rows: i
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6)
 
 
+def test_projections_that_are_parts_of_one_product(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a PolarGroup are: rows with others' columns between them."""
+    model = make(SHAPES[1], device, torch.float32)
+    plain = run(model, torch.float32, 3, 2, fast=True)
+    layer: Any = delta_layers(model)[0]
+
+    def part(projection: nn.Module, before: int) -> None:
+        multiply = projection.forward
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            y = multiply(x)
+            return torch.nn.functional.pad(y, (before, 3), value=torch.nan)[..., before:-3]
+
+        monkeypatch.setattr(projection, "forward", forward)
+
+    part(layer.in_proj_qkv, 0)
+    part(layer.in_proj_z, 8)
+    for expected, found in zip(plain, run(model, torch.float32, 3, 2, fast=True), strict=True):
+        assert torch.equal(expected, found)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [*SHAPES, (16, 32, 128, 128, 4096)])
