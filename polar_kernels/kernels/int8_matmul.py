@@ -140,7 +140,7 @@ def int8_linear(
         enable_fp_fusion=True,
         num_stages=1,
         launch_pdl=True,
-        maxnreg=80 if groups == 1 and warps == 8 else None,
+        maxnreg=_choose_registers(warps, groups),
     )
     return out
 
@@ -154,4 +154,11 @@ def _choose_warps(bands: int, groups: int) -> int:
         return 4 if bands * groups >= 1536 else 8
     if bands >= 4096:
         return 4
-    return 16 if bands <= 64 * groups else 8
+    return 16 if bands <= 128 else 8
+
+
+def _choose_registers(warps: int, groups: int) -> int | None:
+    """Registers of a thread at most: three programs of 8 warps on a multiprocessor, one of 16, else as ptxas sees fit."""
+    if warps == 16:
+        return 128  # ptxas by itself would make room for a second program, and spill
+    return 80 if groups == 1 and warps == 8 else None
