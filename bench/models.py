@@ -7,22 +7,25 @@ from dataclasses import dataclass
 
 import torch
 from polar_bench.random_model import random_model
+from polar_bench.step_profile import KindOfWork, profile_step
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from model_patch.decode import accelerate, decelerate
 from model_patch.groups import group_projections
 from model_patch.progress import Progress, no_progress
 
 PREFILL = (512, 2048, 8192)
 DECODE_CONTEXTS, BATCHES = (128, 2048, 8192), (1, 4, 16)
-_RUNS = 5
+_RUNS = 3
 _STEPS = 32  # tokens a run of decoding writes
 
 
 @dataclass(frozen=True)
 class ModelMeasurement:
     """phase: prefill or decode. tokens_per_second: of the whole batch, mean over the runs; deviation: between them.
-    weight_bytes: of all parameters and buffers; peak_bytes: allocated on the GPU at the most, None on a CPU;
-    load_seconds: to build the model."""
+    weight_bytes: of all parameters and buffers; read_bytes: of those that a step reads; peak_bytes: allocated on the
+    GPU at the most, None on a CPU; load_seconds: to build the model, and to accelerate it."""
 
     model: str
     provider: str
@@ -32,6 +35,7 @@ class ModelMeasurement:
     tokens_per_second: float
     deviation: float
     weight_bytes: int
+    read_bytes: int
     peak_bytes: int | None
     load_seconds: float
 
@@ -61,21 +65,20 @@ def run(
     prefill: Sequence[int] = PREFILL,
     contexts: Sequence[int] = DECODE_CONTEXTS,
     batches: Sequence[int] = BATCHES,
+    profile: bool = False,
     progress: Progress = no_progress,
-) -> list[ModelMeasurement]:
-    """Each provider's model built, measured and freed, one after the other."""
+) -> tuple[list[ModelMeasurement], list[KindOfWork]]:
+    """Each provider's model built, measured and freed, one after the other: prompts, decoding by `generate`, and
+    decoding by `generate` after `accelerate`; with profile, where the time of an accelerated step goes."""
     results: list[ModelMeasurement] = []
-    total = len(makes) * (len(prefill) + len(contexts) * len(batches))
-    for provider, make in makes.items():
-        started = time.perf_counter()
-        model = make()
-        _finish(model.device)
-        loaded = time.perf_counter() - started
-        points = [("prefill", context, 1) for context in prefill]
-        points += [("decode", context, batch) for context in contexts for batch in batches]
+    works: list[KindOfWork] = []
+    decoding = [("decode", context, batch) for context in contexts for batch in batches]
+    prompts = [("prefill", context, 1) for context in prefill]
+    total = len(makes) * (len(prompts) + 2 * len(decoding))
+
+    def measure(model: PreTrainedModel, provider: str, points: list[tuple[str, int, int]], seconds: float) -> None:
         for phase, context, batch in points:
             rates, peak = _rates(model, phase, context, batch)
-            deviation = statistics.stdev(rates) if len(rates) > 1 else 0.0
             results.append(
                 ModelMeasurement(
                     name,
@@ -84,24 +87,39 @@ def run(
                     context,
                     batch,
                     statistics.mean(rates),
-                    deviation,
+                    statistics.stdev(rates),
                     weight_bytes(model),
+                    read_bytes(model),
                     peak,
-                    loaded,
+                    seconds,
                 )
             )
             progress(len(results), total, f"{provider}: {phase} {context} x {batch}")
+
+    for provider, make in makes.items():
+        started = time.perf_counter()
+        model = make()
+        _finish(model.device)
+        measure(model, provider, prompts + decoding, time.perf_counter() - started)
+        started = time.perf_counter()
+        accelerate(model, max_length=max(contexts) + _STEPS, batch_size=max(batches))
+        _finish(model.device)
+        seconds = results[-1].load_seconds + time.perf_counter() - started
+        measure(model, f"{provider}, accelerated", decoding, seconds)
+        if profile:
+            works += [work for batch in (1, max(batches)) for work in profile_step(model, provider, batch)]
+        decelerate(model)
         del model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return results
+    return results, works
 
 
-COLUMNS = ["provider", "phase", "context", "batch", "tokens/s", "weights", "peak", "built in"]
+COLUMNS = ["provider", "phase", "context", "batch", "tokens/s", "GB/s", "weights", "peak", "built in"]
 
 
 def table(measurements: Sequence[ModelMeasurement]) -> list[list[str]]:
-    """Rows for people."""
+    """Rows for people; GB/s are those at which decoding reads the weights, once a step."""
     return [
         [
             m.provider,
@@ -109,6 +127,7 @@ def table(measurements: Sequence[ModelMeasurement]) -> list[list[str]]:
             str(m.context),
             str(m.batch),
             f"{m.tokens_per_second:.1f} +- {m.deviation:.1f}",
+            f"{m.read_bytes * m.tokens_per_second / m.batch / 1e9:.0f}" if m.phase == "decode" else "-",
             f"{m.weight_bytes / 1e9:.2f} GB",
             "-" if m.peak_bytes is None else f"{m.peak_bytes / 1e9:.2f} GB",
             f"{m.load_seconds:.1f} s",
@@ -117,13 +136,20 @@ def table(measurements: Sequence[ModelMeasurement]) -> list[list[str]]:
     ]
 
 
-def weight_bytes(model: PreTrainedModel) -> int:
+def weight_bytes(model: nn.Module) -> int:
     """Bytes of the storages of all parameters and buffers, those that several share once."""
     storages = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def read_bytes(model: PreTrainedModel) -> int:
+    """Weight bytes without the embedding, of which a step reads a row a token, unless it is the head too."""
+    if model.config.tie_word_embeddings:
+        return weight_bytes(model)
+    return weight_bytes(model) - weight_bytes(model.get_input_embeddings())
 
 
 @torch.inference_mode()
@@ -147,15 +173,21 @@ def _prefill(model: PreTrainedModel, ids: torch.Tensor) -> float:
 
 
 def _decode(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    out = model(ids, use_cache=True, logits_to_keep=1)
-    token = out.logits[:, -1:].argmax(-1)
+    """From the time that more tokens take beyond the first, so that the prompt is not in it."""
+    seconds = _generate(model, ids, _STEPS + 1) - _generate(model, ids, 1)
+    return _STEPS * len(ids) / max(seconds, 1e-9)  # of a tiny model the noise can be more than the steps
+
+
+def _generate(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> float:
+    """Seconds of a call that writes so many."""
+    mask = torch.ones_like(ids)
     _finish(ids.device)
     started = time.perf_counter()
-    for _ in range(_STEPS):
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
-        token = out.logits[:, -1:].argmax(-1)
+    model.generate(
+        ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+    )
     _finish(ids.device)
-    return _STEPS * len(ids) / (time.perf_counter() - started)
+    return time.perf_counter() - started
 
 
 def _finish(device: torch.device) -> None:

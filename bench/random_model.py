@@ -1,5 +1,7 @@
 """Models of a true shape with random weights, quantised ones built in their quantised form and never through bf16."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen3_5TextConfig
@@ -10,14 +12,24 @@ from model_patch.errors import ConfigError
 from model_patch.patch import plan_model, swap_to_empty
 from polar_kernels import PolarModule
 
-# Name -> text config. transformers' defaults are Qwen3.5-9B.
-CONFIGS = {"qwen3.5-9b": Qwen3_5TextConfig}
+# Name -> where its text config differs from transformers' default, which is Qwen3.5-9B.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3.5-4b": {"hidden_size": 2560, "intermediate_size": 9216, "tie_word_embeddings": True},
+    "qwen3.5-9b": {},
+    "qwen3.5-27b": {
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 24,
+        "linear_num_value_heads": 48,
+    },
+}
 
 
 def model_config(name: str) -> PreTrainedConfig:
     """The config known by this name, or that of a checkpoint folder or Hub name. Raises ConfigError for neither."""
     if name in CONFIGS:
-        return CONFIGS[name]()
+        return Qwen3_5TextConfig(**CONFIGS[name])
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -44,6 +56,7 @@ def random_model(
         elif any(tensor.is_meta for tensor in _own_tensors(module)):
             module.to_empty(device=device, recurse=False)
             model._init_weights(module)
+    model.tie_weights()  # a plain head that shares the embedding was made apart from it
     return model.eval()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from polar_bench import model_report
 from polar_bench.kernels import Measurement
 
 from polar_kernels.version import __version__
@@ -102,21 +103,22 @@ def mean_ratios(result: Result) -> dict[str, dict[int, float]]:
     return {name: {m: math.exp(sum(v) / len(v)) for m, v in by_m.items()} for name, by_m in logs.items()}
 
 
-def document(results: list[Path], out: Path) -> None:
-    """Write docs/benchmarks.md from result files."""
+def document(folder: Path, out: Path) -> None:
+    """Write docs/benchmarks.md from the result files in `folder`."""
     parts = [_INTRODUCTION]
-    for path in results:
+    for path in [*sorted(folder.glob("model-*.json")), *sorted(folder.glob("kernels-*.json"))]:
         result = json.loads(path.read_text(encoding="utf-8"))
-        parts.append(_section(result, path, out.parent))
+        of_models = path.name.startswith("model-")
+        parts.append(model_report.section(result) if of_models else _section(result, path, out.parent))
     out.write_text("\n".join(parts), encoding="utf-8")
 
 
 _INTRODUCTION = """# Benchmarks
 
-Made by `polar bench` and this file from its results; do not edit. Each call runs in a CUDA graph over weights that take
-turns, more of them than the L2 holds; times are medians, the rotation of the activation included. The ratio is the time
-of cuBLAS bf16 (`F.linear`) in the same run over the time of the provider: above 1 is faster than bf16. No time is
-given where the result is wrong. Errors are relative, against fp64 with the dequantised weight.
+Made by `polar bench` and this file from its results; do not edit. Each call of a kernel runs in a CUDA graph over
+weights that take turns, more of them than the L2 holds; times are medians, the rotation of the activation included. The
+ratio is the time of cuBLAS bf16 (`F.linear`) in the same run over the time of the provider: above 1 is faster than
+bf16. No time is given where the result is wrong. Errors are relative, against fp64 with the dequantised weight.
 """
 
 
@@ -202,4 +204,4 @@ def _draw_roofline(result: Result, path: Path) -> None:
 
 
 if __name__ == "__main__":  # python -m polar_bench.report RESULTS DOCUMENT: the document again, without a GPU
-    document(sorted(Path(sys.argv[1]).glob("kernels-*.json")), Path(sys.argv[2]))
+    document(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -13,6 +13,7 @@ from model_patch.progress import progress_bar
 
 bench = typer.Typer(name="bench", invoke_without_command=True, no_args_is_help=False)
 OutFolder = Annotated[Path | None, typer.Option(help="Write the results into this folder.")]
+Document = Annotated[Path | None, typer.Option(help="Write the results in OUT as this Markdown file.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Fewer sizes, in a minute.")]
 
 
@@ -21,7 +22,7 @@ def kernels(
     context: typer.Context,
     quick: Quick = False,
     out: OutFolder = None,
-    document: Annotated[Path | None, typer.Option(help="Write the results in OUT as this Markdown file.")] = None,
+    document: Document = None,
     as_json: AsJson = False,
 ) -> None:
     """Time the kernels beside cuBLAS bf16 and tinygemm on the layers of Qwen3.5-9B: needs a GPU."""
@@ -38,7 +39,7 @@ def kernels(
     if out is not None:
         report.write(result, out)
         if document is not None:
-            report.document(sorted(out.glob("kernels-*.json")), document)
+            report.document(out, document)
     if as_json:
         print_json(result)
     else:
@@ -48,28 +49,42 @@ def kernels(
 @bench.command()
 def model(
     config: Annotated[
-        str, typer.Option(help="qwen3.5-9b, or a checkpoint folder or Hub name whose config.json gives the shape.")
-    ] = "qwen3.5-9b",
+        list[str] | None,
+        typer.Option(
+            help="qwen3.5-4b, qwen3.5-9b (the default), qwen3.5-27b, or a folder or Hub name whose config.json gives "
+            "the shape; may be given again."
+        ),
+    ] = None,
     bits: Annotated[int, typer.Option(help="Of the quantised model.")] = 5,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     quick: Quick = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also say where a step's time goes: needs a GPU.")] = False,
     out: OutFolder = None,
+    document: Document = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time prompts and decoding of a model with random weights, quantised and plain, under one runner."""
+    """Time prompts and decoding of models with random weights, quantised and plain, accelerated and not."""
     from polar_bench import models, report
     from polar_bench.random_model import model_config
 
-    target = pick_device(device)
-    makes = models.providers(model_config(config), bits, target, parse_dtype(dtype))
+    target, as_dtype = pick_device(device), parse_dtype(dtype)
+    if profile and target.type != "cuda":
+        raise ConfigError("--profile needs a CUDA GPU: a step on a CPU is no graph")
+    shapes = {name: model_config(name) for name in config or ["qwen3.5-9b"]}
     sizes = {"prefill": (512,), "contexts": (128,), "batches": (1,)} if quick else {}
-    with progress_bar("bench model") as progress:
-        measurements = models.run(config, makes, **sizes, progress=progress)
-    result = report.describe() | {"rows": [asdict(measurement) for measurement in measurements]}
+    result = report.describe() | {"rows": [], "profile": []}
+    for name, shape in shapes.items():
+        with progress_bar(f"bench model {name}") as progress:
+            makes = models.providers(shape, bits, target, as_dtype)
+            measured, works = models.run(name, makes, **sizes, profile=profile, progress=progress)
+        result["rows"] += [asdict(measurement) for measurement in measured]
+        result["profile"] += [{"model": name} | asdict(work) for work in works]
+        if not as_json:
+            print_table(f"{name} on {result['gpu']}", models.COLUMNS, models.table(measured))
     if out is not None:
         report.write_json(result, out, "model")
+        if document is not None:
+            report.document(out, document)
     if as_json:
         print_json(result)
-    else:
-        print_table(f"{config} on {result['gpu']}", models.COLUMNS, models.table(measurements))

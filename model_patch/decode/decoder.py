@@ -76,6 +76,11 @@ class Decoder:
         self._length += 1
         return self._step(self._rows, self._windows(self._length, self._length)[0])()
 
+    def first_step(self, rows: int) -> Step:
+        """The step of so many sequences over the shortest cache, for measurements. Running it spoils the state."""
+        self._state.slot.zero_()
+        return self._step(rows, self._windows(1, 1)[0])
+
     def end(self, cache: Cache) -> None:
         """Bring `cache`, which `begin` was given, up to date."""
         self._state.store(cache, self._rows, self._length)

@@ -43,7 +43,7 @@ def test_files(result: report.Result, tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == result
     with path.with_suffix(".csv").open(newline="") as file:
         assert [row["ratio"] for row in csv.DictReader(file)] == ["2.0", "8.0", "3.0", ""]
-    report.document([path], tmp_path / "benchmarks.md")
+    report.document(path.parent, tmp_path / "benchmarks.md")
     text = (tmp_path / "benchmarks.md").read_text()
     assert "## Some GPU" in text
     for kind in ("ratio", "roofline"):
@@ -55,7 +55,7 @@ def test_the_document_is_made_from_the_results(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     (tmp_path / "docs").mkdir()
     (tmp_path / "bench").symlink_to(root / "bench")
-    report.document(sorted((tmp_path / "bench" / "results").glob("*.json")), tmp_path / "docs" / "benchmarks.md")
+    report.document(tmp_path / "bench" / "results", tmp_path / "docs" / "benchmarks.md")
     assert (tmp_path / "docs" / "benchmarks.md").read_text() == (root / "docs" / "benchmarks.md").read_text()
 
 

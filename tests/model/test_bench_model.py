@@ -1,11 +1,13 @@
 """Whole models with random weights, and the runner that times them."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
-from polar_bench import models
+from polar_bench import models, report
 from polar_bench.random_model import model_config, random_model
+from polar_bench.step_profile import Kernel, KindOfWork, kinds_of_work
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -15,10 +17,16 @@ from model_patch.errors import ConfigError, UnsupportedModelError
 from polar_kernels import PolarLinear, PolarModule
 
 
-def test_the_known_shape_is_that_of_the_model() -> None:
+@pytest.mark.parametrize(("name", "billions"), [("qwen3.5-4b", 4.21), ("qwen3.5-9b", 8.95), ("qwen3.5-27b", 26.9)])
+def test_the_known_shapes_are_those_of_the_models(name: str, billions: float) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config(name))
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(billions * 1e9, rel=2e-3)
+
+
+def test_the_default_shape() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config("qwen3.5-9b"))
-    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(8.95e9, rel=1e-3)
     assert model.get_submodule("model.layers.0.mlp.gate_proj").weight.shape == (12288, 4096)
 
 
@@ -53,28 +61,100 @@ def test_storages_are_counted_once(device: torch.device) -> None:
     assert models.weight_bytes(model) == 400
 
 
+@pytest.mark.parametrize("bits", [5, None])
+def test_a_tied_head_stays_tied(device: torch.device, bits: int | None) -> None:
+    untied = random_model(model_config(str(MODEL)), bits, device)
+    config = model_config(str(MODEL))
+    config.tie_word_embeddings = True
+    model = random_model(config, bits, device)
+    head = models.weight_bytes(untied) - models.weight_bytes(model)
+    table = config.vocab_size * config.hidden_size * (5 / 8 + 2 / 128 if bits else 2)
+    assert head == pytest.approx(table, rel=0.02)
+    assert models.read_bytes(model) == models.weight_bytes(model)
+    assert models.weight_bytes(untied) - models.read_bytes(untied) == pytest.approx(table, rel=0.02)
+
+
+@pytest.fixture
+def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_STEPS", 2)
+    monkeypatch.setattr(models, "_RUNS", 2)
+
+
+@pytest.mark.usefixtures("_few_tokens")
 def test_rows_of_a_run(device: torch.device) -> None:
     makes = models.providers(model_config(str(MODEL)), 5, device, torch.float32)
     told = []
     sizes = {"prefill": (16, 32), "contexts": (8,), "batches": (1, 2)}
-    rows = models.run("tiny", makes, **sizes, progress=lambda done, total, what: told.append((done, total)))
-    assert told == [(i + 1, 12) for i in range(12)]
-    assert [(row.phase, row.context, row.batch) for row in rows[:4]] == [
+    rows, works = models.run("tiny", makes, **sizes, progress=lambda done, total, what: told.append((done, total)))
+    assert told == [(i + 1, 18) for i in range(18)]
+    assert [(row.phase, row.context, row.batch) for row in rows[:6]] == [
         ("prefill", 16, 1),
         ("prefill", 32, 1),
         ("decode", 8, 1),
         ("decode", 8, 2),
+        ("decode", 8, 1),
+        ("decode", 8, 2),
     ]
-    assert {row.provider for row in rows} == {"polar 5-bit", "polar 5-bit, grouped", "float32"}
+    plain = {"polar 5-bit", "polar 5-bit, grouped", "float32"}
+    assert {row.provider for row in rows} == plain | {f"{name}, accelerated" for name in plain}
     assert all(row.tokens_per_second > 0 for row in rows)
-    quantized, plain = rows[0], rows[-1]
-    assert quantized.weight_bytes < plain.weight_bytes / 5
+    quantized, accelerated, dense = rows[0], rows[4], rows[-1]
+    assert quantized.weight_bytes < dense.weight_bytes / 5
+    assert accelerated.weight_bytes == quantized.weight_bytes
+    assert accelerated.load_seconds > quantized.load_seconds
     assert (quantized.peak_bytes is None) == (device.type == "cpu")
+    assert works == []
 
 
+def test_decoding_is_timed_without_the_prompt(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose prompts take a second and whose tokens take 10 ms."""
+    monkeypatch.setattr(models, "_generate", lambda model, ids, tokens: 1 + 0.01 * tokens)
+    assert models._decode(None, torch.zeros(3, 8)) == pytest.approx(300)
+
+
+def test_kinds_of_a_step() -> None:
+    names = [
+        "_quantize_kernel",
+        "_int8_matmul_kernel",
+        "triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_0",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7",
+        "void at::native::(anonymous namespace)::conv_depthwise2d_forward_kernel_generic<c10::BFloat16, int>",
+        "triton_poi_fused_mul_silu_tiled_linear_0",
+        "_int8_matmul_kernel",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::(anonymous namespace)::fill>",
+    ]
+    kernels = [Kernel(name, 10.0 * i, 10.0 * i + i + 1) for i, name in enumerate(names)]
+    rows = kinds_of_work([kernels, kernels[::-1]], "polar", 4)
+    assert {row.kind: (row.microseconds, row.kernels) for row in rows} == {
+        "rotation": (1, 1),
+        "matmuls": (2, 1),
+        "norms": (3, 1),
+        "attention": (4, 1),
+        "GatedDeltaNet": (5, 1),
+        "elementwise": (6 + 8, 2),
+        "head": (7, 1),
+        "gaps": (sum(10 - i - 1 for i in range(7)), 0),
+    }
+    assert [row.microseconds for row in rows] == sorted((row.microseconds for row in rows), reverse=True)
+    assert {(row.provider, row.batch) for row in rows} == {("polar", 4)}
+
+
+@pytest.mark.gpu
+def test_a_profile_accounts_for_the_step(device: torch.device) -> None:
+    makes = models.providers(model_config(str(MODEL)), 5, device, torch.bfloat16)
+    one = dict(list(makes.items())[:1])
+    _, works = models.run("tiny", one, prefill=(), contexts=(8,), batches=(2,), profile=True)
+    assert {work.batch for work in works} == {1, 2}
+    for batch in (1, 2):
+        counted = {work.kind: work.kernels for work in works if work.batch == batch}
+        assert counted["head"] == 1
+        assert {"rotation", "matmuls", "attention", "norms", "gaps"} <= counted.keys()
+
+
+@pytest.mark.usefixtures("_few_tokens")
 def test_command(tmp_path) -> None:
     args = ["bench", "model", "--config", str(MODEL), "--quick", "--dtype", "float32", "--device", "cpu", "--json"]
-    result = CliRunner().invoke(app, [*args, "--out", str(tmp_path)])
+    result = CliRunner().invoke(app, [*args, "--out", str(tmp_path), "--document", str(tmp_path / "benchmarks.md")])
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
     assert printed["gpu"]
@@ -82,10 +162,31 @@ def test_command(tmp_path) -> None:
     assert {row["phase"] for row in printed["rows"]} == {"prefill", "decode"}
     (written,) = tmp_path.glob("model-*.json")
     assert json.loads(written.read_text()) == printed
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert f"### {MODEL}" in text
+    assert "| polar 5-bit, accelerated | decode | 128 | 1 |" in text
+
+
+def test_the_document_has_the_profile(tmp_path) -> None:
+    works = [KindOfWork("polar", batch, kind, 10.0 * batch, 2) for batch in (1, 16) for kind in ("head", "gaps")]
+    row = {"model": "m", "provider": "polar", "phase": "decode", "context": 8, "batch": 1, "tokens_per_second": 250.0}
+    row |= {"deviation": 1.0, "weight_bytes": 6e9, "read_bytes": 4e9, "peak_bytes": None, "load_seconds": 3.0}
+    described = {"gpu": "Some GPU", "versions": {"torch": "2"}, "cuda": "13", "commit": "c", "date": "d"}
+    result = described | {"rows": [row], "profile": [{"model": "m"} | asdict(work) for work in works]}
+    report.document(report.write_json(result, tmp_path, "model").parent, tmp_path / "benchmarks.md")
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "| polar | decode | 8 | 1 | 250.0 +- 1.0 | 1000 | 6.00 GB | - | 3.0 s |" in text
+    assert "| head | 10 (2) | 160 (2) |" in text
+
+
+def test_a_profile_needs_a_gpu() -> None:
+    result = CliRunner().invoke(app, ["bench", "model", "--profile", "--device", "cpu"])
+    assert isinstance(result.exception, ConfigError)
+    assert "needs a CUDA GPU" in str(result.exception)
 
 
 def test_a_config_that_is_none(tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"is none of qwen3\.5-9b, and no checkpoint's"):
+    with pytest.raises(ConfigError, match=r"is none of qwen3\.5-4b, qwen3\.5-9b, qwen3\.5-27b, and no checkpoint's"):
         model_config(str(tmp_path / "nothing"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(UnsupportedModelError, match="gpt2"):
