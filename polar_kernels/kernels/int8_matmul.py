@@ -158,7 +158,7 @@ def _choose_warps(bands: int, groups: int) -> int:
 
 
 def _choose_registers(warps: int, groups: int) -> int | None:
-    """Registers of a thread at most: three programs of 8 warps on a multiprocessor, one of 16, else as ptxas sees fit."""
+    """Registers of a thread at most: room for three programs of 8 warps, or one of 16; else as ptxas sees fit."""
     if warps == 16:
         return 128  # ptxas by itself would make room for a second program, and spill
     return 80 if groups == 1 and warps == 8 else None
