@@ -68,7 +68,7 @@ def model(
         measurements = models.run(config, makes, **sizes, progress=progress)
     result = report.describe() | {"rows": [asdict(measurement) for measurement in measurements]}
     if out is not None:
-        report.write_json(result, out, "model")
+        report.write_json(result, out, f"model-{report.gpu_name(result)}")
     if as_json:
         print_json(result)
     else:

@@ -58,7 +58,7 @@ def describe(result: Evaluation, model: str, text: str, against: str | None) -> 
     if against is not None:
         lines += [
             f"against     {against}",
-            f"mean KL     {result.kl_divergence:.6f} nats",
+            f"mean KL     {result.kl_divergence:.6f} nats, 99 % below {result.kl_divergence_99:.4f}",
             f"same top-1  {result.top1_agreement:.2%}",
         ]
     return "\n".join(lines)

@@ -29,7 +29,7 @@ from model_patch.load import load_model
 from polar_kernels import PolarError
 from polar_kernels.version import __version__
 
-COMMANDS = ("quantize", "inspect", "verify", "generate", "ppl", "dequantize", "convert", "env", "demo")
+COMMANDS = ("quantize", "inspect", "verify", "generate", "ppl", "ablate", "dequantize", "convert", "env", "demo")
 MAIN = "from model_patch.cli import main; main()"
 DOWN, HEAD, EMBEDDING = "model.layers.0.mlp.down_proj", "lm_head", "model.embed_tokens"
 
@@ -79,19 +79,6 @@ def _main(monkeypatch: pytest.MonkeyPatch, *args: object) -> int | str | None:
 def _process(*args: object, code: str = MAIN, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=120)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3 of one layer with the tokenizer of the embedded model; tests only read it."""
-    folder = tmp_path_factory.mktemp("cli") / "tiny"
-    torch.manual_seed(0)
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 4096, "head_dim": 32}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    Qwen3ForCausalLM(Qwen3Config(**shape, **heads)).bfloat16().save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODEL / name, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
