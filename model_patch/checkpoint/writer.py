@@ -104,13 +104,18 @@ def write_shards(
         write_json(folder / INDEX_NAME, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 
 
-def shard_bytes(size: int | str) -> int:
-    """The size of a shard in bytes, of a number or a text like 5GB. Raises ConfigError for what is neither."""
+def parse_size(size: int | str, what: str) -> int:
+    """Bytes, of a number or a text like 5GB. Raises ConfigError, which says `what`, for what is neither."""
     match = re.fullmatch(r"(\d{1,12}(?:\.\d+)?) ?([KMGT]B)?", str(size).strip().upper(), re.ASCII)
     limit = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if limit < 1:
-        raise ConfigError(f"the size of a shard must be a number of bytes or one with KB, MB, GB or TB, found {size!r}")
+        raise ConfigError(f"{what} must be a number of bytes or one with KB, MB, GB or TB, found {size!r}")
     return limit
+
+
+def shard_bytes(size: int | str) -> int:
+    """The size of a shard in bytes. Raises as `parse_size` does."""
+    return parse_size(size, "the size of a shard")
 
 
 def _save_shard(shard: Mapping[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from model_patch.checkpoint.package import DEFAULT_SHARD_SIZE
-from model_patch.checkpoint.writer import check_output
+from model_patch.checkpoint.writer import check_output, parse_size
 from model_patch.cli.options import (
     AsJson,
     Device,
@@ -29,11 +29,16 @@ from model_patch.progress import progress_bar
 from model_patch.quantize import (
     Calibrated,
     QuantizePlan,
+    Target,
     calibrate_plan,
+    measure_parts,
     plan_checkpoint,
+    plan_for_target,
     quantize_checkpoint,
     write_absmax,
 )
+
+_BITS = 5  # where nothing else is asked for
 
 
 class Method(StrEnum):
@@ -46,7 +51,14 @@ class Method(StrEnum):
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or a name on the Hub.")],
     out: Out,
-    bits: Annotated[int, typer.Option(help="Bits a weight, 2 to 8.")] = 5,
+    bits: Annotated[int | None, typer.Option(help="Bits a weight, 2 to 8; 5 by default.")] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="Mean bits a weight, from 3 to 8; each layer's own are chosen by what they cost."),
+    ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The same, for a size of all tensors, such as 5GB.")
+    ] = None,
     bits_for: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN=BITS", help="Other bits for layers; repeatable, the last wins.")
     ] = None,
@@ -62,35 +74,46 @@ def quantize(
     exclude: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave; repeatable.")] = None,
     max_shard_size: ShardSize = DEFAULT_SHARD_SIZE,
     overwrite: Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sizes, from the headers alone.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the sizes; without a target from the headers alone.")
+    ] = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantise MODEL into the folder OUT, one tensor and one output shard in memory at a time.
 
     Calibration (--awq, --feedback) loads the model as a whole; --feedback also runs it backwards, and gains most with
-    --no-awq. Patterns are layer names with the shell's wildcards.
+    --no-awq. A target also runs the model once for every input that layers share, to measure what quantising them
+    costs; layers that --bits-for names keep theirs. Patterns are layer names with the shell's wildcards.
     """
     if method is Method.absmax and awq:
         raise ConfigError("--method absmax has no AWQ scales: leave out --awq")
     if method is Method.absmax and feedback:
         raise ConfigError("--method absmax has no error feedback: leave out --feedback")
     awq = method is Method.polar if awq is None else awq
+    target = _parse_target(target_bits, target_size, bits, method)
     left = [*(exclude or []), *([] if embeddings else ["embed_tokens"]), *([] if lm_head else ["lm_head"])]
-    config = PolarQuantConfig(bits, _parse_bits_for(bits_for or []), left)
-    if dry_run:
+    fixed = _parse_bits_for(bits_for or [])
+    config = PolarQuantConfig((bits or _BITS) if target is None else target.start, fixed, left)
+    if dry_run and target is None:
         folder, checkpoint = find_headers(model)
-        plan = plan_checkpoint(folder, config, awq, checkpoint)
-        _report(plan, None, as_json, method)
+        _report(plan_checkpoint(folder, config, awq, checkpoint), None, as_json, method)
         return
-    check_output(out, overwrite)
-    target = pick_device(device)
+    if not dry_run:
+        check_output(out, overwrite)
+    picked, text = pick_device(device), calibration or CALIBRATION_TEXT
     plan = plan_checkpoint(find_checkpoint(model), config, awq)
     found = Calibrated()
     if awq or feedback:
         with progress_bar("calibrate") as progress:
-            text = calibration or CALIBRATION_TEXT
-            found = calibrate_plan(plan, text, target, windows, feedback=feedback, progress=progress)
+            found = calibrate_plan(plan, text, picked, windows, feedback=feedback, progress=progress)
+    if target is not None:
+        with progress_bar("measure") as progress:
+            parts = measure_parts(plan, fixed, found, text, picked, progress=progress)
+        plan = plan_for_target(plan, fixed, target, parts)
+    if dry_run:
+        _report(plan, None, as_json, method)
+        return
     write = (
         write_absmax
         if method is Method.absmax
@@ -98,10 +121,23 @@ def quantize(
     )
     with progress_bar("quantize") as progress:
         warnings = write(
-            plan, out, device=target, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+            plan, out, device=picked, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
         )
     warn(warnings)
     _report(plan, out, as_json, method)
+
+
+def _parse_target(bits: float | None, size: str | None, uniform: int | None, method: Method) -> Target | None:
+    if bits is None and size is None:
+        return None
+    if bits is not None and size is not None:
+        raise ConfigError("--target-bits and --target-size are two targets: give one")
+    option = "--target-bits" if size is None else "--target-size"
+    if uniform is not None:
+        raise ConfigError(f"{option} chooses the bits of each layer: leave out --bits")
+    if method is Method.absmax:
+        raise ConfigError(f"{option} chooses bits for the layers of --method polar")
+    return Target(bits, None if size is None else parse_size(size, option))
 
 
 def _parse_bits_for(options: list[str]) -> dict[str, int]:
@@ -124,6 +160,7 @@ def _report(plan: QuantizePlan, out: Path | None, as_json: bool, method: Method)
                 "out": None if out is None else str(out),
                 "layers": layers,
                 "kept": plan.layers.kept,
+                "mean_bits": plan.mean_bits,
                 "bytes_before": plan.source_bytes,
                 "bytes_after": plan.output_bytes if method is Method.polar else plan.source_bytes,
             }
@@ -136,4 +173,4 @@ def _report(plan: QuantizePlan, out: Path | None, as_json: bool, method: Method)
     if method is Method.absmax:
         total = f"rounded by absmax to {plan.config.bits} bits, stored unpacked: {megabytes(plan.source_bytes)}"
     where = "nothing written" if out is None else f"written to {out}"
-    typer.echo(f"{len(sizes)} layers, {len(plan.layers.kept)} kept; {total}; {where}")
+    typer.echo(f"{len(sizes)} layers of {plan.mean_bits:.2f} bits, {len(plan.layers.kept)} kept; {total}; {where}")

@@ -50,6 +50,16 @@ class QuantizePlan:
         after = sum(self.layout[key].nbytes for part in PARTS if (key := f"{stored}.{part}") in self.layout)
         return self.source.tensors[f"{stored}.weight"].nbytes, after
 
+    def code_bytes(self, name: str) -> int:
+        """Bytes of the codes of the layer `name`."""
+        return self.layout[f"{self.names[name]}.packed"].nbytes
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits a code, mean over all that are stored."""
+        codes = {name: self.code_bytes(name) for name in self.layers.bits}
+        return sum(codes.values()) / sum(count / self.layers.bits[name] for name, count in codes.items())
+
 
 def plan_checkpoint(
     source: Path, config: PolarQuantConfig, awq: bool, checkpoint: Checkpoint | None = None
@@ -115,7 +125,7 @@ def quantize_checkpoint(
         if layer not in bits or part not in PARTS:
             return plan.source.read(name)
         if name not in ready:
-            weight = _quantize(plan.source, layer, bits[layer], scales.get(layer), seconds.get(layer), device)
+            weight = quantize_layer(plan.source, layer, bits[layer], scales.get(layer), seconds.get(layer), device)
             ready.update({f"{layer}.{key}": getattr(weight, key) for key in PARTS if getattr(weight, key) is not None})
             done += 1
             progress(done, len(bits), layer)
@@ -144,7 +154,7 @@ def _wanted_scales(plan: QuantizePlan, given: Mapping[str, torch.Tensor]) -> Map
     return given
 
 
-def _quantize(
+def quantize_layer(
     source: Checkpoint,
     layer: str,
     bits: int,
@@ -152,6 +162,7 @@ def _quantize(
     moments: torch.Tensor | None,
     device: torch.device | str,
 ) -> PolarWeight:
+    """One layer of a checkpoint, by its name there. Raises QuantizationError naming the file and the tensor."""
     try:
         return quantize_weight(source.read(f"{layer}.weight", device), bits, awq_scales=awq_scales, moments=moments)
     except PolarError as error:

@@ -299,7 +299,7 @@ def test_quantize_calibrates_on_the_given_text(tiny: Path, prose: Path, tmp_path
 def test_quantize_in_text(tiny: Path, tmp_path: Path) -> None:
     text = _text("quantize", tiny, tmp_path / "out", "--no-awq")
     assert f"written to {tmp_path / 'out'}" in text
-    assert "9 layers, 0 kept" in text
+    assert "9 layers of 5.00 bits, 0 kept" in text
 
 
 def test_quantize_without_awq(packed: Path) -> None:
