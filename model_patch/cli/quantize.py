@@ -1,14 +1,15 @@
 """`polar quantize`: a plain checkpoint into a quantised one."""
 
-from enum import StrEnum
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from model_patch.checkpoint.package import DEFAULT_SHARD_SIZE
-from model_patch.checkpoint.writer import check_output, parse_size
+from model_patch.checkpoint.writer import check_output, shard_bytes
 from model_patch.cli.options import (
     AsJson,
     Device,
@@ -21,9 +22,9 @@ from model_patch.cli.options import (
     print_table,
     warn,
 )
+from model_patch.cli.quantize_options import Method, check_options, parse_bits_for, parse_target
 from model_patch.config import PolarQuantConfig
 from model_patch.demo import CALIBRATION_TEXT, CALIBRATION_WINDOWS
-from model_patch.errors import ConfigError
 from model_patch.load import find_checkpoint, find_headers
 from model_patch.progress import progress_bar
 from model_patch.quantize import (
@@ -37,15 +38,9 @@ from model_patch.quantize import (
     quantize_checkpoint,
     write_absmax,
 )
+from model_patch.quantize.resume import make_record, open_work
 
 _BITS = 5  # where nothing else is asked for
-
-
-class Method(StrEnum):
-    """Choices of --method."""
-
-    polar = "polar"
-    absmax = "absmax"
 
 
 def quantize(
@@ -77,6 +72,9 @@ def quantize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the sizes; without a target from the headers alone.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what is done when interrupted, and go on from there.")
+    ] = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -86,14 +84,11 @@ def quantize(
     --no-awq. A target also runs the model once for every input that layers share, to measure what quantising them
     costs; layers that --bits-for names keep theirs. Patterns are layer names with the shell's wildcards.
     """
-    if method is Method.absmax and awq:
-        raise ConfigError("--method absmax has no AWQ scales: leave out --awq")
-    if method is Method.absmax and feedback:
-        raise ConfigError("--method absmax has no error feedback: leave out --feedback")
+    check_options(method, awq, feedback, resume, dry_run)
     awq = method is Method.polar if awq is None else awq
-    target = _parse_target(target_bits, target_size, bits, method)
+    target = parse_target(target_bits, target_size, bits, method)
     left = [*(exclude or []), *([] if embeddings else ["embed_tokens"]), *([] if lm_head else ["lm_head"])]
-    fixed = _parse_bits_for(bits_for or [])
+    fixed = parse_bits_for(bits_for or [])
     config = PolarQuantConfig((bits or _BITS) if target is None else target.start, fixed, left)
     if dry_run and target is None:
         folder, checkpoint = find_headers(model)
@@ -103,51 +98,60 @@ def quantize(
         check_output(out, overwrite)
     picked, text = pick_device(device), calibration or CALIBRATION_TEXT
     plan = plan_checkpoint(find_checkpoint(model), config, awq)
-    found = Calibrated()
-    if awq or feedback:
-        with progress_bar("calibrate") as progress:
-            found = calibrate_plan(plan, text, picked, windows, feedback=feedback, progress=progress)
-    if target is not None:
-        with progress_bar("measure") as progress:
-            parts = measure_parts(plan, fixed, found, text, picked, progress=progress)
-        plan = plan_for_target(plan, fixed, target, parts)
+    work = None
+    if resume:
+        read = text if awq or feedback or target is not None else None
+        options = {"windows": windows, "feedback": feedback, "target": target and asdict(target), "fixed": fixed}
+        options |= {"config": plan.config.to_dict(), "max_shard_size": shard_bytes(max_shard_size)}
+        work = open_work(out, overwrite, make_record(plan.source.where, read, picked, options))
+    if work is not None and (saved := work.load(plan.source.where)) is not None:
+        plan, found = saved
+    else:
+        plan, found = _calibrate(plan, fixed, target, text, picked, windows, feedback)
+        if work is not None:
+            work.save(plan, found)
     if dry_run:
         _report(plan, None, as_json, method)
         return
     write = (
         write_absmax
         if method is Method.absmax
-        else partial(quantize_checkpoint, awq_scales=found.awq_scales, moments=found.moments)
+        else partial(
+            quantize_checkpoint,
+            awq_scales=found.awq_scales,
+            moments=found.moments,
+            kept=None if work is None else work.checkpoint,
+        )
     )
     with progress_bar("quantize") as progress:
         warnings = write(
             plan, out, device=picked, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
         )
+    if work is not None:
+        work.delete()
     warn(warnings)
     _report(plan, out, as_json, method)
 
 
-def _parse_target(bits: float | None, size: str | None, uniform: int | None, method: Method) -> Target | None:
-    if bits is None and size is None:
-        return None
-    if bits is not None and size is not None:
-        raise ConfigError("--target-bits and --target-size are two targets: give one")
-    option = "--target-bits" if size is None else "--target-size"
-    if uniform is not None:
-        raise ConfigError(f"{option} chooses the bits of each layer: leave out --bits")
-    if method is Method.absmax:
-        raise ConfigError(f"{option} chooses bits for the layers of --method polar")
-    return Target(bits, None if size is None else parse_size(size, option))
-
-
-def _parse_bits_for(options: list[str]) -> dict[str, int]:
-    parsed = {}
-    for option in options:
-        pattern, separator, bits = option.rpartition("=")
-        if not separator or not pattern or not bits.isdecimal():
-            raise ConfigError(f"--bits-for takes PATTERN=BITS, found {option!r}")
-        parsed[pattern] = int(bits)
-    return parsed
+def _calibrate(
+    plan: QuantizePlan,
+    fixed: dict[str, int],
+    target: Target | None,
+    text: Path,
+    device: torch.device,
+    windows: int,
+    feedback: bool,
+) -> tuple[QuantizePlan, Calibrated]:
+    """What the text says: the plan that meets the target, and scales and moments for its layers."""
+    found = Calibrated()
+    if plan.config.awq or feedback:
+        with progress_bar("calibrate") as progress:
+            found = calibrate_plan(plan, text, device, windows, feedback=feedback, progress=progress)
+    if target is None:
+        return plan, found
+    with progress_bar("measure") as progress:
+        parts = measure_parts(plan, fixed, found, text, device, progress=progress)
+    return plan_for_target(plan, fixed, target, parts), found
 
 
 def _report(plan: QuantizePlan, out: Path | None, as_json: bool, method: Method) -> None:

@@ -103,32 +103,32 @@ def quantize_checkpoint(
     device: torch.device | str = "cpu",
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
+    kept: Path | None = None,
     progress: Progress = no_progress,
 ) -> list[str]:
     """Carry out `plan` into the folder `out`; returns warnings.
 
     awq_scales: layer name in the model -> fp16 [K]; needed for each linear layer when the plan was made with `awq`.
     moments: layer name in the model -> [K, K] of its inputs, for error feedback; layers without go without.
+    kept: a folder to work in, beside `out`: shards that are whole in it are not made again, and when it fails it stays.
     Raises QuantizationError naming the tensor whose weight cannot be quantised, OutputError when `out` cannot be
-    written; then nothing is left behind.
+    written; then nothing is left behind, but for `kept`.
     """
     check_output(out, overwrite)
     scales = {plan.names[name]: value for name, value in _wanted_scales(plan, awq_scales or {}).items()}
     seconds = {plan.names[name]: value for name, value in (moments or {}).items()}
     bits = {plan.names[name]: b for name, b in plan.layers.bits.items()}
     ready: dict[str, torch.Tensor] = {}  # parts of a layer quantised already and not yet asked for
-    done = 0
+    places = {layer: index + 1 for index, layer in enumerate(_in_order(plan.layout, bits))}
 
     def produce(name: str) -> torch.Tensor:
-        nonlocal done
         layer, _, part = name.rpartition(".")
         if layer not in bits or part not in PARTS:
             return plan.source.read(name)
         if name not in ready:
             weight = quantize_layer(plan.source, layer, bits[layer], scales.get(layer), seconds.get(layer), device)
             ready.update({f"{layer}.{key}": getattr(weight, key) for key in PARTS if getattr(weight, key) is not None})
-            done += 1
-            progress(done, len(bits), layer)
+            progress(places[layer], len(bits), layer)
         return ready.pop(name)
 
     tables = {b: lloyd_max_levels(b) for b in set(bits.values())}
@@ -142,7 +142,13 @@ def quantize_checkpoint(
         bits,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
+        kept=kept,
     )
+
+
+def _in_order(layout: Mapping[str, torch.Tensor], layers: Mapping[str, int]) -> list[str]:
+    """The layers in the order in which their tensors are written."""
+    return list(dict.fromkeys(layer for name in layout if (layer := name.rpartition(".")[0]) in layers))
 
 
 def _wanted_scales(plan: QuantizePlan, given: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from model_patch import PolarQuantConfig, patch_model
-from model_patch.demo import MODEL
+from model_patch.demo import EVALUATION_TEXT, MODEL
 
 VOCABULARY, IMAGE_TOKEN = 512, 500
 VISION_LANGUAGE = ("qwen3_5", "qwen3_vl_tied")
@@ -252,3 +252,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def prose(tiny: Path) -> Path:
+    """Some 1300 tokens of text."""
+    path = tiny.parent / "prose.txt"
+    path.write_text(EVALUATION_TEXT.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    return path

@@ -97,14 +97,6 @@ def packed_model(tiny: Path) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def prose(tiny: Path) -> Path:
-    """Some 1300 tokens of text."""
-    path = tiny.parent / "prose.txt"
-    path.write_text(EVALUATION_TEXT.read_text(encoding="utf-8")[:4000], encoding="utf-8")
-    return path
-
-
 def _layers(folder: Path) -> dict[str, int]:
     """Layer name -> bits, as the checkpoint states them."""
     return Checkpoint.open(folder).bits_per_tensor()
