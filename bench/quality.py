@@ -64,7 +64,7 @@ _INTRODUCTION = f"""# Quality
 Made by `polar ablate` and `bench/quality.py` from its results; do not edit. Every linear layer and the head are
 quantised at the same bits, the embedding stays in bf16. Perplexity with its standard error over the windows; KL
 divergence to the predictions of the bf16 weights, in nats, its mean and what 99 % of the tokens do not exceed; how
-often both rank the same token first. The bf16 row shows what rounding those predictions to fp16 for the comparison
+often both rank the same token first. The bf16 row shows what keeping those predictions in 16 bits for the comparison
 costs. "of baseline" is the mean KL over that of "{ablate.BASELINE}" at the same bits. Lines
 that begin with + are Hadamard + Lloyd-Max with the converged table. All variants score the same tokens, so that their
 differences are far surer than the standard error of one perplexity says.

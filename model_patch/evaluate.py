@@ -116,9 +116,16 @@ def log_probabilities(model: PreTrainedModel, ids: torch.Tensor, scored: int) ->
 
 
 def model_reference(model: PreTrainedModel, tokens: torch.Tensor) -> Reference:
-    """The predictions of `model`, which must know the tokens."""
+    """The predictions of `model`, which must know the tokens. Calls raise CheckpointError for predictions with NaN."""
     check_vocabulary(tokens, model)
-    return lambda _, ids, scored: log_probabilities(model, ids.to(model.device), scored).to(ids.device)
+
+    def predict(_: int, ids: torch.Tensor, scored: int) -> torch.Tensor:
+        found = log_probabilities(model, ids.to(model.device), scored).to(ids.device)
+        if found.isnan().any():
+            raise CheckpointError("reference", "its predictions have NaN: NaN or infinity in the weights?")
+        return found
+
+    return predict
 
 
 def check_vocabulary(tokens: torch.Tensor, model: PreTrainedModel) -> None:

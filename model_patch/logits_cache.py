@@ -1,8 +1,9 @@
 """Predictions of a reference model kept on disk, so that many models are compared with it for one run of it.
 
 A folder: cache.json says of which model, text and windows they are, window-<number>.safetensors holds the
-log-probabilities of one window's scored tokens, fp16 [scored, V]. Rounded so, they move a mean divergence by less than
-1e-6; what is read is normalised again.
+log-probabilities of one window's scored tokens in 16 bits: codes int16 [scored, V], and for each token fp32 [scored] the
+lowest of them and the step between codes. Steps of at most 1/650 nat move a divergence by some 1e-7 at most; fp16 would
+move it by some 1e-6. What is read is normalised again.
 """
 
 import json
@@ -20,7 +21,8 @@ from model_patch.checkpoint.writer import write_json
 from model_patch.errors import CheckpointError, ConfigError, OutputError
 from model_patch.evaluate import Convention, Reference, model_reference
 
-_KEY = "log_probabilities"
+_CODES = 1 << 16
+_LOWEST = -100.0  # nats: below, a probability is nothing, and would make all steps coarser
 _RECORD = "cache.json"
 
 
@@ -37,15 +39,15 @@ class LogitsCache:
     def __call__(self, index: int, ids: torch.Tensor, scored: int) -> torch.Tensor:
         path = self._folder / f"window-{index:06d}.safetensors"
         stored = _read(path, scored) if path.exists() else self._add(path, index, ids, scored)
-        return stored.to(ids.device).float().log_softmax(-1)
+        return _decode({name: tensor.to(ids.device) for name, tensor in stored.items()})
 
-    def _add(self, path: Path, index: int, ids: torch.Tensor, scored: int) -> torch.Tensor:
+    def _add(self, path: Path, index: int, ids: torch.Tensor, scored: int) -> dict[str, torch.Tensor]:
         if self._compute is None:
             self._compute = model_reference(self._load(), self._tokens)
-        stored = self._compute(index, ids, scored).half().cpu()
+        stored = _encode(self._compute(index, ids, scored))
         partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
         try:
-            partial.write_bytes(save({_KEY: stored}))
+            partial.write_bytes(save(stored))
             os.replace(partial, path)
         except OSError as error:
             raise OutputError(f"{path}: could not be written: {error}; the windows before it are kept") from error
@@ -99,14 +101,32 @@ def _read_record(path: Path) -> object:
         raise CheckpointError(path, f"cannot be read: {error}; delete the folder to make it again") from error
 
 
-def _read(path: Path, scored: int) -> torch.Tensor:
+def _encode(log_probabilities: torch.Tensor) -> dict[str, torch.Tensor]:
+    cut = log_probabilities.clamp_min(_LOWEST)
+    lowest = cut.amin(-1)
+    step = ((cut.amax(-1) - lowest) / (_CODES - 1)).clamp_min(torch.finfo(torch.float32).tiny)
+    codes = ((cut - lowest[:, None]) / step[:, None]).round() - _CODES // 2
+    return {"codes": codes.to(torch.int16).cpu(), "lowest": lowest.cpu(), "step": step.cpu()}
+
+
+def _decode(stored: dict[str, torch.Tensor]) -> torch.Tensor:
+    levels = stored["codes"].float() + _CODES // 2
+    return (levels * stored["step"][:, None] + stored["lowest"][:, None]).log_softmax(-1)
+
+
+def _read(path: Path, scored: int) -> dict[str, torch.Tensor]:
     try:
         tensors = load(path.read_bytes())
     except (OSError, SafetensorError) as error:
         raise CheckpointError(path, f"cannot be read: {error}; delete it to make it again") from error
-    stored = tensors.get(_KEY)
-    if stored is None or stored.dtype != torch.float16 or stored.dim() != 2 or len(stored) != scored:
-        found = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
-        problem = f"must hold {_KEY} torch.float16 [{scored}, V], found {found}; delete it to make it again"
-        raise CheckpointError(path, problem)
-    return stored
+    found = {name: (tensor.dtype, tensor.shape[0], tensor.dim()) for name, tensor in tensors.items() if tensor.dim()}
+    expected = {
+        "codes": (torch.int16, scored, 2),
+        "lowest": (torch.float32, scored, 1),
+        "step": (torch.float32, scored, 1),
+    }
+    if found != expected:
+        shapes = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
+        problem = f"must hold codes torch.int16 [{scored}, V], lowest and step torch.float32 [{scored}], found {shapes}"
+        raise CheckpointError(path, f"{problem}; delete it to make it again")
+    return tensors

@@ -32,7 +32,7 @@ def ablate(
 ) -> None:
     """Quantise MODEL by baselines and by the scheme part after part, and compare each with the original.
 
-    The predictions of the original are kept on disk meanwhile, in fp16: two bytes times the vocabulary a scored token.
+    The predictions of the original are kept on disk meanwhile, two bytes times the vocabulary a scored token.
     """
     from polar_bench import ablate as runner
     from polar_bench import quality

@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 from model_patch import cli
 from model_patch.checkpoint.reader import INDEX_NAME, SINGLE_NAME, Checkpoint, read_config
+from model_patch.cli import ppl as ppl_module
 from model_patch.cli.app import app
 from model_patch.demo import EVALUATION_TEXT, MODEL
 from model_patch.errors import CheckpointError, ConfigError, OutputError, UnsupportedModelError
@@ -575,6 +576,36 @@ def test_ppl_of_a_quantised_model(tiny: Path, packed: Path, prose: Path) -> None
     text = _text("ppl", packed, *options, "--against", tiny)
     assert f"perplexity  {found['perplexity']:.4f}" in text
     assert f"same top-1  {found['top1_agreement']:.2%}" in text
+
+
+def test_ppl_states_its_windows(tiny: Path, prose: Path) -> None:
+    options = ("--text", prose, "--window", 64, "--limit", 3)
+    text = _text("ppl", tiny, *options, "--stride", 32)
+    assert "3 of 64 tokens, stride 32, each scoring what no earlier one has (Hugging Face)" in text
+    text = _text("ppl", tiny, *options, "--convention", "llama.cpp")
+    assert "3 of 64 tokens, stride 64, each scoring its second half (llama.cpp)" in text
+    found = _json("ppl", tiny, *options, "--convention", "llama.cpp")
+    assert (found["convention"], found["tokens"]) == ("llama.cpp", 3 * 31)
+    message = _refused(ConfigError, "ppl", tiny, *options, "--convention", "llama.cpp", "--stride", 32)
+    assert "side by side" in message
+
+
+def test_ppl_with_kept_predictions(
+    tiny: Path, packed: Path, prose: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = ("--text", prose, "--window", 64, "--limit", 3, "--against", tiny)
+    first = _json("ppl", packed, *options, "--logits-cache", tmp_path / "cache")
+    assert first["kl_divergence"] == pytest.approx(_json("ppl", packed, *options)["kl_divergence"], rel=1e-3)
+    assert len(list((tmp_path / "cache").glob("window-*.safetensors"))) == 3
+    loaded: list[object] = []
+    load = ppl_module.load_model
+    monkeypatch.setattr(ppl_module, "load_model", lambda source, **kw: loaded.append(source) or load(source, **kw))
+    assert _json("ppl", packed, *options, "--logits-cache", tmp_path / "cache") == first
+    assert loaded == [str(packed)]
+    message = _refused(ConfigError, "ppl", packed, *options, "--stride", 32, "--logits-cache", tmp_path / "cache")
+    assert "predictions are of another stride" in message
+    message = _refused(ConfigError, "ppl", packed, "--text", prose, "--logits-cache", tmp_path / "cache")
+    assert "name it with --against" in message
 
 
 def test_ppl_without_a_reference(tiny: Path, prose: Path) -> None:

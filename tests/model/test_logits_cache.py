@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from model_patch import CheckpointError, ConfigError, OutputError, PolarQuantConfig, patch_model
 from model_patch.evaluate import Convention, evaluate
-from model_patch.logits_cache import LogitsCache, open_cache
+from model_patch.logits_cache import LogitsCache, _decode, _encode, open_cache
 
 Open = Callable[..., LogitsCache]
 WINDOW = 20
@@ -61,9 +61,9 @@ def test_the_comparison_is_that_with_the_model(
     direct = score(reference=zoo.model("qwen3"))
     first = score(reference=open_in(tmp_path / "cache", stride=stride))
     assert astuple(first)[:-3] == astuple(direct)[:-3]
-    assert first.kl_divergence == pytest.approx(direct.kl_divergence, rel=1e-4)
-    assert first.kl_divergence_99 == pytest.approx(direct.kl_divergence_99, rel=1e-3)
-    assert first.top1_agreement == pytest.approx(direct.top1_agreement, abs=0.02)  # fp16 ties
+    assert first.kl_divergence == pytest.approx(direct.kl_divergence, rel=1e-5)
+    assert first.kl_divergence_99 == pytest.approx(direct.kl_divergence_99, rel=1e-4)
+    assert first.top1_agreement == pytest.approx(direct.top1_agreement, abs=0.02)  # rounded ties
     assert score(reference=open_in(tmp_path / "cache", never, stride=stride)) == first
 
 
@@ -71,7 +71,26 @@ def test_rounding_costs_a_model_next_to_nothing_against_itself(
     zoo: Any, tokens: torch.Tensor, open_in: Open, tmp_path: Path
 ) -> None:
     result = evaluate(zoo.model("qwen3"), tokens, window=WINDOW, reference=open_in(tmp_path / "cache"))
-    assert abs(result.kl_divergence) < 1e-5
+    assert abs(result.kl_divergence) < 1e-7
+
+
+def test_impossible_and_certain_tokens() -> None:
+    """Log-probabilities of minus infinity, and a token whose probability is all but 1."""
+    expected = torch.tensor([[-torch.inf, -1.0, -2.0, -3.0], [0.0, 50.0, -1.0, -torch.inf]]).log_softmax(-1)
+    found = _decode(_encode(expected))
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.exp(), expected.exp(), rtol=1e-3, atol=1e-30)
+
+
+def test_a_reference_with_nan_is_refused(
+    zoo: Any, quantized: PreTrainedModel, tokens: torch.Tensor, open_in: Open, tmp_path: Path
+) -> None:
+    broken = zoo.model("qwen3")
+    broken.model.norm.weight.data[0] = float("nan")
+    for reference in (broken, open_in(tmp_path, lambda: broken)):
+        with pytest.raises(CheckpointError, match="reference: its predictions have NaN"):
+            evaluate(quantized, tokens, window=WINDOW, reference=reference)
+    assert files(tmp_path) == ["cache.json"]
 
 
 def test_windows_that_are_missing_are_added(
@@ -127,8 +146,8 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def _in_fp32(path: Path) -> None:
-    save_file({name: tensor.float() for name, tensor in load_file(path).items()}, path)
+def _in_another_dtype(path: Path) -> None:
+    save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
 
 
 def _shorter(path: Path) -> None:
@@ -139,7 +158,7 @@ def _renamed(path: Path) -> None:
     save_file({f"{name}_": tensor for name, tensor in load_file(path).items()}, path)
 
 
-@pytest.mark.parametrize("spoil", [_cut, _in_fp32, _shorter, _renamed])
+@pytest.mark.parametrize("spoil", [_cut, _in_another_dtype, _shorter, _renamed])
 def test_a_spoiled_file_is_named(
     quantized: PreTrainedModel, tokens: torch.Tensor, open_in: Open, spoil: Callable[[Path], None], tmp_path: Path
 ) -> None:
@@ -154,7 +173,7 @@ def test_another_vocabulary_is_refused(
 ) -> None:
     evaluate(quantized, tokens, window=WINDOW, reference=open_in(tmp_path))
     path = tmp_path / "window-000000.safetensors"
-    save_file({name: tensor[:, :500].clone() for name, tensor in load_file(path).items()}, path)
+    save_file({name: tensor[..., :500].clone() for name, tensor in load_file(path).items()}, path)
     with pytest.raises(CheckpointError, match="its vocabulary has 500 tokens, that of the model 512"):
         evaluate(quantized, tokens, window=WINDOW, reference=open_in(tmp_path, never))
 
