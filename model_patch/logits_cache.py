@@ -1,9 +1,9 @@
 """Predictions of a reference model kept on disk, so that many models are compared with it for one run of it.
 
 A folder: cache.json says of which model, text and windows they are, window-<number>.safetensors holds the
-log-probabilities of one window's scored tokens in 16 bits: codes int16 [scored, V], and for each token fp32 [scored] the
-lowest of them and the step between codes. Steps of at most 1/650 nat move a divergence by some 1e-7 at most; fp16 would
-move it by some 1e-6. What is read is normalised again.
+log-probabilities of one window's scored tokens in 16 bits: codes int16 [scored, V], and for each token fp32 [scored]
+the lowest of them and the step between codes. Steps of at most 1/650 nat move a divergence by some 1e-7 at most; fp16
+would move it by some 1e-6. What is read is normalised again.
 """
 
 import json
