@@ -80,7 +80,7 @@ def _section(result: Result, path: Path, base: Path) -> str:
         f"Evaluated on {scored['windows']} windows of {scored['window']} tokens of {result['text']}, stride "
         f"{scored['stride']}, {scored['tokens']} tokens scored; calibrated on {result['calibration_windows']} windows "
         f"of 512 tokens of {result['calibration']}.\n",
-        f"![Mean KL divergence by bits a weight]({report.relative_link(path.with_suffix('.png'), base)})",
+        f"![Mean KL divergence over the baseline's]({report.relative_link(path.with_suffix('.png'), base)})",
     ]
     for bits in widths(result):
         lines += [
@@ -93,18 +93,24 @@ def _section(result: Result, path: Path, base: Path) -> str:
 
 
 def _draw(result: Result, path: Path) -> None:
+    """Mean KL divergence over the baseline's, a bar for each variant and width."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    names = list(dict.fromkeys(row["variant"] for row in result["rows"] if row["bits"]))
+    thickness = 0.8 / len(widths(result))
+    figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    for name in dict.fromkeys(row["variant"] for row in result["rows"] if row["bits"]):
-        rows = sorted((r for r in result["rows"] if r["variant"] == name), key=lambda r: r["bits"])
-        sizes = [row["bits_per_weight"] for row in rows]
-        axes.plot(sizes, [row["kl_divergence"] for row in rows], marker="o", markersize=4, label=name)
-    axes.set(yscale="log", xlabel="bits a weight", ylabel="mean KL divergence to bf16, nats")
+    for index, bits in enumerate(widths(result)):
+        found = {row["variant"]: row["kl_divergence"] for row in result["rows"] if row["bits"] == bits}
+        places = [place + index * thickness for place in range(len(names))]
+        axes.barh(places, [found[name] / found[ablate.BASELINE] for name in names], thickness, label=f"{bits} bits")
+    axes.set_yticks([place + 0.4 - thickness / 2 for place in range(len(names))], names)
+    axes.invert_yaxis()
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set(xlabel="mean KL divergence to bf16, over the baseline's")
     axes.set_title(f"{result['model']}, {result['rows'][0]['windows']} windows of {result['text']}")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend()
     figure.savefig(path, dpi=120)
 
 

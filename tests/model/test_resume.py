@@ -17,7 +17,7 @@ from model_patch.checkpoint.reader import Checkpoint
 from model_patch.cli import quantize as command
 from model_patch.cli.app import app
 from model_patch.quantize import checkpoint as quantize_module
-from model_patch.quantize import resume
+from model_patch.quantize import resume, sensitivity
 
 LAYERS = 9  # of the tiny model
 PLAIN = ("--no-awq", "--max-shard-size", "200KB")
@@ -140,6 +140,7 @@ def test_calibration_and_choice_of_bits_are_kept(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     args = (*options, "--windows", 1, "--max-shard-size", "200KB")
+    monkeypatch.setattr(sensitivity, "MEASURED_WINDOWS", 1)
     reference = tmp_path_factory.mktemp("whole") / "out"
     assert run(tiny, reference, *args).exit_code == 0
     interrupted(*args)
