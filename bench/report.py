@@ -50,7 +50,7 @@ def describe() -> Result:
 
 def write(result: Result, folder: Path) -> Path:
     """Write JSON, CSV and charts; returns the JSON's path."""
-    path = write_json(result, folder, "kernels")
+    path = write_json(result, folder, f"kernels-{gpu_name(result)}")
     stem = path.stem
     with (folder / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Measurement)])
@@ -61,10 +61,15 @@ def write(result: Result, folder: Path) -> Path:
     return path
 
 
-def write_json(result: Result, folder: Path, kind: str) -> Path:
-    """Write <kind>-<gpu>.json into the folder; returns its path."""
+def gpu_name(result: Result) -> str:
+    """The GPU as it is in the names of files."""
+    return str(result["gpu"]).lower().replace(" ", "-")
+
+
+def write_json(result: Result, folder: Path, stem: str) -> Path:
+    """Write <stem>.json into the folder; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{kind}-{result['gpu'].lower().replace(' ', '-')}.json"
+    path = folder / f"{stem}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
 
@@ -140,7 +145,7 @@ def _section(result: Result, path: Path, base: Path) -> str:
         ),
         "",
         *(
-            f"![{kind}]({_relative(path.with_name(f'{path.stem}-{kind}.png'), base)})\n"
+            f"![{kind}]({relative_link(path.with_name(f'{path.stem}-{kind}.png'), base)})\n"
             for kind in ("ratio", "roofline")
         ),
         "| " + " | ".join(COLUMNS) + " |",
@@ -150,7 +155,7 @@ def _section(result: Result, path: Path, base: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _relative(path: Path, base: Path) -> str:
+def relative_link(path: Path, base: Path) -> str:
     """A link from a file in `base` to `path`."""
     return Path(os.path.relpath(path, base)).as_posix()
 

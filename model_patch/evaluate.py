@@ -1,33 +1,48 @@
 """Perplexity of a text, and distance to a reference model: KL divergence and top-1 agreement.
 
-Windows as Hugging Face's guide has them: they begin every `stride` tokens, are `window` tokens long, and each scores
-only the tokens that no earlier one has scored; a window's first token has no context and is not scored.
+Two conventions of which tokens of a window are scored. Hugging Face's guide: windows begin every `stride` tokens and
+score only what no earlier one has; a window's first token has no context and is not scored. llama.cpp: windows side by
+side, each scoring its second half, so that every scored token has at least half a window before it.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from model_patch.errors import CheckpointError
+from model_patch.errors import CheckpointError, ConfigError
 from model_patch.progress import Progress, no_progress
+
+# Window's number, its token ids [T], how many are scored -> fp32 log-probabilities [scored, V].
+Reference = Callable[[int, torch.Tensor, int], torch.Tensor]
+
+
+class Convention(StrEnum):
+    """Which tokens of a window are scored."""
+
+    hugging_face = "hugging-face"
+    llama_cpp = "llama.cpp"
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """perplexity_error: standard error from the spread of the windows' means (0 for one window). kl_divergence: mean
-    over the scored tokens, nats, of the reference's distribution to the model's; top1_agreement: share of them at
-    which both rank the same token first; both None without a reference."""
+    over the scored tokens, nats, of the reference's distribution to the model's; kl_divergence_99: what 99 % of them
+    do not exceed; top1_agreement: share of them at which both rank the same token first; None without a reference."""
 
     windows: int
     window: int
     stride: int
+    convention: str
     tokens: int
     perplexity: float
     perplexity_error: float
     kl_divergence: float | None = None
+    kl_divergence_99: float | None = None
     top1_agreement: float | None = None
 
 
@@ -54,65 +69,94 @@ def evaluate(
     window: int = 512,
     stride: int | None = None,
     limit: int | None = None,
-    reference: PreTrainedModel | None = None,
+    convention: Convention = Convention.hugging_face,
+    reference: PreTrainedModel | Reference | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
     """Score `tokens` [T] with `model`, and compare with `reference` if given; a last, short window is left out.
 
-    Raises CheckpointError when the text has no whole window.
+    Raises CheckpointError when the text has no whole window, ConfigError for a stride that llama.cpp does not have.
     """
     stride = stride or window
+    if convention is Convention.llama_cpp and stride != window:
+        raise ConfigError(f"llama.cpp's windows lie side by side: leave out the stride {stride}")
     starts = list(range(0, len(tokens) - window + 1, stride))[:limit]
     if not starts:
         raise CheckpointError("text", f"it has {len(tokens)} tokens, fewer than one window of {window}")
-    _check_vocabulary(tokens, model, reference)
+    check_vocabulary(tokens, model)
+    expect = model_reference(reference, tokens) if isinstance(reference, PreTrainedModel) else reference
     device = next(model.parameters()).device
     losses: list[torch.Tensor] = []
-    divergence, agreement = 0.0, 0
+    divergences: list[torch.Tensor] = []
+    agreement = 0
     for index, start in enumerate(starts):
         ids = tokens[start : start + window].to(device)
-        scored = window - 1 if index == 0 else min(stride, window - 1)
-        logits = _log_probabilities(model, ids, scored)
+        scored = count_scored(convention, index, window, stride)
+        logits = log_probabilities(model, ids, scored)
         losses.append(-logits.gather(-1, ids[-scored:, None]).squeeze(-1).double().cpu())
-        if reference is not None:
-            expected = _log_probabilities(reference, ids, scored)
-            divergence += float((expected.exp() * (expected - logits)).sum())
+        if expect is not None:
+            expected = _same_vocabulary(expect(index, ids, scored), logits)
+            divergences.append((expected.exp() * (expected - logits)).sum(-1).cpu())
             agreement += int((expected.argmax(-1) == logits.argmax(-1)).sum())
         progress(index + 1, len(starts), "scoring")
-    return _summary(losses, window, stride, *((divergence, agreement) if reference is not None else (None, None)))
+    scores = _perplexity(losses) | (_distance(torch.cat(divergences), agreement) if divergences else {})
+    return Evaluation(len(losses), window, stride, convention.value, sum(len(loss) for loss in losses), **scores)
 
 
-def _check_vocabulary(tokens: torch.Tensor, model: PreTrainedModel, reference: PreTrainedModel | None) -> None:
-    """Raise CheckpointError for tokens the model does not know, and for a reference with another vocabulary."""
-    size = model.config.get_text_config().vocab_size
-    if (largest := int(tokens.max())) >= size:
-        raise CheckpointError("text", f"it has the token {largest}, and the model {size} of them: another tokenizer?")
-    if reference is not None and (other := reference.config.get_text_config().vocab_size) != size:
-        raise CheckpointError("reference", f"its vocabulary has {other} tokens, that of the model {size}")
+def count_scored(convention: Convention, index: int, window: int, stride: int) -> int:
+    """How many tokens at the end of window `index` are scored."""
+    if convention is Convention.llama_cpp:
+        return window - 1 - window // 2
+    return window - 1 if index == 0 else min(stride, window - 1)
 
 
-def _log_probabilities(model: PreTrainedModel, ids: torch.Tensor, scored: int) -> torch.Tensor:
+def log_probabilities(model: PreTrainedModel, ids: torch.Tensor, scored: int) -> torch.Tensor:
     """fp32 log-probabilities [scored, V] of the distributions that predict the window's last `scored` tokens."""
     return model(ids[None], use_cache=False).logits[0, -scored - 1 : -1].float().log_softmax(-1)
 
 
-def _summary(
-    losses: list[torch.Tensor], window: int, stride: int, divergence: float | None, agreement: int | None
-) -> Evaluation:
-    everything = torch.cat(losses)
-    mean, tokens = float(everything.mean()), len(everything)
+def model_reference(model: PreTrainedModel, tokens: torch.Tensor) -> Reference:
+    """The predictions of `model`, which must know the tokens. Calls raise CheckpointError for predictions with NaN."""
+    check_vocabulary(tokens, model)
+
+    def predict(_: int, ids: torch.Tensor, scored: int) -> torch.Tensor:
+        found = log_probabilities(model, ids.to(model.device), scored).to(ids.device)
+        if found.isnan().any():
+            raise CheckpointError("reference", "its predictions have NaN: NaN or infinity in the weights?")
+        return found
+
+    return predict
+
+
+def check_vocabulary(tokens: torch.Tensor, model: PreTrainedModel) -> None:
+    """Raise CheckpointError for tokens the model does not know."""
+    size = model.config.get_text_config().vocab_size
+    if (largest := int(tokens.max())) >= size:
+        problem = f"it has the token {largest}, and the model {size} of them: another tokenizer?"
+        raise CheckpointError("text", problem)
+
+
+def _same_vocabulary(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    if expected.shape != found.shape:
+        sizes = f"its vocabulary has {expected.shape[-1]} tokens, that of the model {found.shape[-1]}"
+        raise CheckpointError("reference", sizes)
+    return expected
+
+
+def _perplexity(losses: list[torch.Tensor]) -> dict[str, float]:
+    mean = float(torch.cat(losses).mean())
     if not math.isfinite(mean):
         raise CheckpointError("model", f"its predictions have a mean loss of {mean}: NaN or infinity in the weights?")
     means = torch.stack([loss.mean() for loss in losses])
     spread = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else 0.0
     perplexity = math.exp(mean)
-    return Evaluation(
-        windows=len(losses),
-        window=window,
-        stride=stride,
-        tokens=tokens,
-        perplexity=perplexity,
-        perplexity_error=perplexity * spread,
-        kl_divergence=None if divergence is None else divergence / tokens,
-        top1_agreement=None if agreement is None else agreement / tokens,
-    )
+    return {"perplexity": perplexity, "perplexity_error": perplexity * spread}
+
+
+def _distance(divergences: torch.Tensor, agreement: int) -> dict[str, float]:
+    count = len(divergences)
+    return {
+        "kl_divergence": float(divergences.double().mean()),
+        "kl_divergence_99": float(divergences.kthvalue(math.ceil(0.99 * count)).values),
+        "top1_agreement": agreement / count,
+    }

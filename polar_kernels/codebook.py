@@ -75,6 +75,13 @@ def lloyd_max_levels(bits: int) -> torch.Tensor:
     raise ArithmeticError(f"Lloyd-Max did not converge at {bits} bits; last step {step.abs().max().item():.2e}")
 
 
+@cache
+def lloyd_max_distortion(bits: int) -> float:
+    """Mean squared error of the converged table on N(0, 1): of a weight relative to its square, but for norms."""
+    levels = lloyd_max_levels(bits).double()
+    return float(_stationarity(levels[len(levels) // 2 :])[0])
+
+
 def _stationarity(levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Distortion, half its gradient F_i = c_i * P_i - E_i, F's Jacobian and the masses P, over the positive levels.
 

@@ -25,14 +25,16 @@ def write_quantized(
     *,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
+    kept: Path | None = None,
 ) -> list[str]:
     """Write a checkpoint of the format beside what `source` carries over; returns warnings.
 
-    layout: name -> meta tensor of everything to store, in order; `produce(name)` gives the tensor itself.
+    layout: name -> meta tensor of everything to store, in order; `produce(name)` gives the tensor itself. kept: the
+    folder to work in, whose finished shards are not made again.
     """
     content = read_config(source) | {"quantization_config": config.to_dict()}
     metadata = polar_metadata(tables, bits_per_tensor)
-    return _write(source, out, layout, produce, content, metadata, max_shard_size, overwrite)
+    return _write(source, out, layout, produce, content, metadata, max_shard_size, overwrite, kept)
 
 
 def write_plain(
@@ -58,8 +60,9 @@ def _write(
     metadata: Mapping[str, str],
     max_shard_size: int | str,
     overwrite: bool,
+    kept: Path | None = None,
 ) -> list[str]:
-    with new_folder(out, overwrite) as folder:
+    with new_folder(out, overwrite, kept) as folder:
         write_shards(folder, layout, produce, metadata, max_shard_size)
         write_json(folder / "config.json", config)
         carried = carry_over(source, folder)

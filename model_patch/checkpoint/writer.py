@@ -34,29 +34,35 @@ _NOT_CARRIED = {
     ".py",
 }
 _UNITS = {None: 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNFINISHED = "unfinished-"  # before the names of shards in work
 _REWRITTEN = {"config.json", "README.md", INDEX_NAME, "polar_config.json"}
 
 
 @contextmanager
-def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A fresh folder to fill, which becomes `out` when the block ends without an exception, and vanishes otherwise.
+def new_folder(out: Path, overwrite: bool, kept: Path | None = None) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when the block ends without an exception.
 
-    An existing `out` is refused unless it is an empty folder or `overwrite` is set; it stays whole until then.
+    A fresh one, which vanishes otherwise; or `kept`, made if it is not there, with what an earlier run has finished in
+    it, which stays otherwise. An existing `out` is refused unless it is an empty folder or `overwrite` is set; it stays
+    whole until then.
     """
     check_output(out, overwrite)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    partial = kept or out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
+        partial.mkdir(parents=True, exist_ok=kept is not None)
+        for unfinished in partial.glob(f".{_UNFINISHED}*"):
+            unfinished.unlink()
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
+    left = "nothing was left behind" if kept is None else "what is finished is kept"
     try:
         yield partial
         _replace(partial, out)
     except OSError as error:
-        raise OutputError(f"{out}: could not be written: {error}; nothing was left behind") from error
+        raise OutputError(f"{out}: could not be written: {error}; {left}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if kept is None:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -91,34 +97,53 @@ def write_shards(
 ) -> None:
     """Write the tensors of `layout` (name -> meta tensor, in order) as `produce(name)` gives them, one shard at a time.
 
-    Names, index and sharding are those of transformers' `save_pretrained`.
+    Names, index and sharding are those of transformers' `save_pretrained`. A shard that is whole in the folder
+    already is left as it is.
     """
     limit = shard_bytes(max_shard_size)
     plan = split_torch_state_dict_into_shards(dict(layout), max_shard_size=limit)
     for file, names in plan.filename_to_tensors.items():
+        if _is_whole(folder / file, sum(layout[name].nbytes for name in names)):
+            continue
         shard = {name: produce(name).contiguous().cpu() for name in names}
         _save_shard(shard, folder / file, {"format": "pt", **metadata})
-        sort_metadata(folder / file)
         del shard
     if plan.is_sharded:
         write_json(folder / INDEX_NAME, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 
 
-def shard_bytes(size: int | str) -> int:
-    """The size of a shard in bytes, of a number or a text like 5GB. Raises ConfigError for what is neither."""
+def parse_size(size: int | str, what: str) -> int:
+    """Bytes, of a number or a text like 5GB. Raises ConfigError, which says `what`, for what is neither."""
     match = re.fullmatch(r"(\d{1,12}(?:\.\d+)?) ?([KMGT]B)?", str(size).strip().upper(), re.ASCII)
     limit = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if limit < 1:
-        raise ConfigError(f"the size of a shard must be a number of bytes or one with KB, MB, GB or TB, found {size!r}")
+        raise ConfigError(f"{what} must be a number of bytes or one with KB, MB, GB or TB, found {size!r}")
     return limit
 
 
+def shard_bytes(size: int | str) -> int:
+    """The size of a shard in bytes. Raises as `parse_size` does."""
+    return parse_size(size, "the size of a shard")
+
+
+def _is_whole(file: Path, nbytes: int) -> bool:
+    """Whether a shard was written: a shard gets its name when it is, so that only its size can be wrong."""
+    if not file.exists():
+        return False
+    with file.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+    return file.stat().st_size == 8 + header + nbytes
+
+
 def _save_shard(shard: Mapping[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+    unfinished = file.with_name(f".{_UNFINISHED}{os.getpid()}-{file.name}")
     try:
-        save_file(dict(shard), file, metadata=metadata)
+        save_file(dict(shard), unfinished, metadata=metadata)
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OutputError(f"{file.name}: {error}") from error
-    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
+    sort_metadata(unfinished)
+    unfinished.chmod(file.parent.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
+    os.replace(unfinished, file)
 
 
 def sort_metadata(file: Path) -> None:

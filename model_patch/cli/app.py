@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from model_patch.cli.ablate import ablate
 from model_patch.cli.bench import bench
 from model_patch.cli.chat import chat
 from model_patch.cli.convert import convert
@@ -39,7 +40,20 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="polar", cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-for command in (quantize, inspect, verify, generate, chat, serve, ppl, dequantize, convert, env, demo):
+for command in (
+    quantize,
+    inspect,
+    verify,
+    generate,
+    chat,
+    serve,
+    ppl,
+    ablate,
+    dequantize,
+    convert,
+    env,
+    demo,
+):
     app.command()(command)
 app.add_typer(bench)
 

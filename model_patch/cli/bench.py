@@ -83,7 +83,7 @@ def model(
         if not as_json:
             print_table(f"{name} on {result['gpu']}", models.COLUMNS, models.table(measured))
     if out is not None:
-        report.write_json(result, out, "model")
+        report.write_json(result, out, f"model-{report.gpu_name(result)}")
         if document is not None:
             report.document(out, document)
     if as_json:

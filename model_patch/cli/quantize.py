@@ -1,14 +1,15 @@
 """`polar quantize`: a plain checkpoint into a quantised one."""
 
-from enum import StrEnum
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from model_patch.checkpoint.package import DEFAULT_SHARD_SIZE
-from model_patch.checkpoint.writer import check_output
+from model_patch.checkpoint.writer import check_output, shard_bytes
 from model_patch.cli.options import (
     AsJson,
     Device,
@@ -21,32 +22,38 @@ from model_patch.cli.options import (
     print_table,
     warn,
 )
+from model_patch.cli.quantize_options import Method, check_options, parse_bits_for, parse_target
 from model_patch.config import PolarQuantConfig
 from model_patch.demo import CALIBRATION_TEXT, CALIBRATION_WINDOWS
-from model_patch.errors import ConfigError
 from model_patch.load import find_checkpoint, find_headers
 from model_patch.progress import progress_bar
 from model_patch.quantize import (
     Calibrated,
     QuantizePlan,
+    Target,
     calibrate_plan,
+    measure_parts,
     plan_checkpoint,
+    plan_for_target,
     quantize_checkpoint,
     write_absmax,
 )
+from model_patch.quantize.resume import make_record, open_work
 
-
-class Method(StrEnum):
-    """Choices of --method."""
-
-    polar = "polar"
-    absmax = "absmax"
+_BITS = 5  # where nothing else is asked for
 
 
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or a name on the Hub.")],
     out: Out,
-    bits: Annotated[int, typer.Option(help="Bits a weight, 2 to 8.")] = 5,
+    bits: Annotated[int | None, typer.Option(help="Bits a weight, 2 to 8; 5 by default.")] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="Mean bits a weight, from 3 to 8; each layer's own are chosen by what they cost."),
+    ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The same, for a size of all tensors, such as 5GB.")
+    ] = None,
     bits_for: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN=BITS", help="Other bits for layers; repeatable, the last wins.")
     ] = None,
@@ -62,56 +69,89 @@ def quantize(
     exclude: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave; repeatable.")] = None,
     max_shard_size: ShardSize = DEFAULT_SHARD_SIZE,
     overwrite: Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sizes, from the headers alone.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the sizes; without a target from the headers alone.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what is done when interrupted, and go on from there.")
+    ] = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantise MODEL into the folder OUT, one tensor and one output shard in memory at a time.
 
     Calibration (--awq, --feedback) loads the model as a whole; --feedback also runs it backwards, and gains most with
-    --no-awq. Patterns are layer names with the shell's wildcards.
+    --no-awq. A target also runs the model once for every input that layers share, to measure what quantising them
+    costs; layers that --bits-for names keep theirs. Patterns are layer names with the shell's wildcards.
     """
-    if method is Method.absmax and awq:
-        raise ConfigError("--method absmax has no AWQ scales: leave out --awq")
-    if method is Method.absmax and feedback:
-        raise ConfigError("--method absmax has no error feedback: leave out --feedback")
+    check_options(method, awq, feedback, resume, dry_run)
     awq = method is Method.polar if awq is None else awq
+    target = parse_target(target_bits, target_size, bits, method)
     left = [*(exclude or []), *([] if embeddings else ["embed_tokens"]), *([] if lm_head else ["lm_head"])]
-    config = PolarQuantConfig(bits, _parse_bits_for(bits_for or []), left)
-    if dry_run:
+    fixed = parse_bits_for(bits_for or [])
+    config = PolarQuantConfig((bits or _BITS) if target is None else target.start, fixed, left)
+    if dry_run and target is None:
         folder, checkpoint = find_headers(model)
-        plan = plan_checkpoint(folder, config, awq, checkpoint)
+        _report(plan_checkpoint(folder, config, awq, checkpoint), None, as_json, method)
+        return
+    if not dry_run:
+        check_output(out, overwrite)
+    picked, text = pick_device(device), calibration or CALIBRATION_TEXT
+    plan = plan_checkpoint(find_checkpoint(model), config, awq)
+    work = None
+    if resume:
+        read = text if awq or feedback or target is not None else None
+        options = {"windows": windows, "feedback": feedback, "target": target and asdict(target), "fixed": fixed}
+        options |= {"config": plan.config.to_dict(), "max_shard_size": shard_bytes(max_shard_size)}
+        work = open_work(out, overwrite, make_record(plan.source.where, read, picked, options))
+    if work is not None and (saved := work.load(plan.source.where)) is not None:
+        plan, found = saved
+    else:
+        plan, found = _calibrate(plan, fixed, target, text, picked, windows, feedback)
+        if work is not None:
+            work.save(plan, found)
+    if dry_run:
         _report(plan, None, as_json, method)
         return
-    check_output(out, overwrite)
-    target = pick_device(device)
-    plan = plan_checkpoint(find_checkpoint(model), config, awq)
-    found = Calibrated()
-    if awq or feedback:
-        with progress_bar("calibrate") as progress:
-            text = calibration or CALIBRATION_TEXT
-            found = calibrate_plan(plan, text, target, windows, feedback=feedback, progress=progress)
     write = (
         write_absmax
         if method is Method.absmax
-        else partial(quantize_checkpoint, awq_scales=found.awq_scales, moments=found.moments)
+        else partial(
+            quantize_checkpoint,
+            awq_scales=found.awq_scales,
+            moments=found.moments,
+            kept=None if work is None else work.checkpoint,
+        )
     )
     with progress_bar("quantize") as progress:
         warnings = write(
-            plan, out, device=target, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+            plan, out, device=picked, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
         )
+    if work is not None:
+        work.delete()
     warn(warnings)
     _report(plan, out, as_json, method)
 
 
-def _parse_bits_for(options: list[str]) -> dict[str, int]:
-    parsed = {}
-    for option in options:
-        pattern, separator, bits = option.rpartition("=")
-        if not separator or not pattern or not bits.isdecimal():
-            raise ConfigError(f"--bits-for takes PATTERN=BITS, found {option!r}")
-        parsed[pattern] = int(bits)
-    return parsed
+def _calibrate(
+    plan: QuantizePlan,
+    fixed: dict[str, int],
+    target: Target | None,
+    text: Path,
+    device: torch.device,
+    windows: int,
+    feedback: bool,
+) -> tuple[QuantizePlan, Calibrated]:
+    """What the text says: the plan that meets the target, and scales and moments for its layers."""
+    found = Calibrated()
+    if plan.config.awq or feedback:
+        with progress_bar("calibrate") as progress:
+            found = calibrate_plan(plan, text, device, windows, feedback=feedback, progress=progress)
+    if target is None:
+        return plan, found
+    with progress_bar("measure") as progress:
+        parts = measure_parts(plan, fixed, found, text, device, progress=progress)
+    return plan_for_target(plan, fixed, target, parts), found
 
 
 def _report(plan: QuantizePlan, out: Path | None, as_json: bool, method: Method) -> None:
@@ -124,6 +164,7 @@ def _report(plan: QuantizePlan, out: Path | None, as_json: bool, method: Method)
                 "out": None if out is None else str(out),
                 "layers": layers,
                 "kept": plan.layers.kept,
+                "mean_bits": plan.mean_bits,
                 "bytes_before": plan.source_bytes,
                 "bytes_after": plan.output_bytes if method is Method.polar else plan.source_bytes,
             }
@@ -136,4 +177,4 @@ def _report(plan: QuantizePlan, out: Path | None, as_json: bool, method: Method)
     if method is Method.absmax:
         total = f"rounded by absmax to {plan.config.bits} bits, stored unpacked: {megabytes(plan.source_bytes)}"
     where = "nothing written" if out is None else f"written to {out}"
-    typer.echo(f"{len(sizes)} layers, {len(plan.layers.kept)} kept; {total}; {where}")
+    typer.echo(f"{len(sizes)} layers of {plan.mean_bits:.2f} bits, {len(plan.layers.kept)} kept; {total}; {where}")

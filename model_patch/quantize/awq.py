@@ -5,7 +5,7 @@ outputs on sampled activations, quantisation included. a = 0, no scaling, is alw
 Source: J. Lin et al., AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration, 2024.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,14 +16,27 @@ EXPONENTS = tuple(step / 20 for step in range(21))
 _ROWS = 1024  # of each weight, evenly spread, that the search looks at
 _LIMIT = 1e4  # fp16 keeps scales within 1/LIMIT..LIMIT exact enough and far from its ends
 
+# Weight [N, K], bits, scales [K] -> fp32 [N, K], what is left of the weight once it is quantised.
+FakeQuantize = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+
+
+def _polar(weight: torch.Tensor, bits: int, scales: torch.Tensor) -> torch.Tensor:
+    quantized = quantize_weight(weight, bits, awq_scales=scales)
+    parts = (quantized.packed, quantized.norms, quantized.awq_scales, quantized.centroids)
+    return reference.dequantize(*parts, weight.shape[1], torch.float32)
+
 
 @torch.no_grad()
 def search_awq_scales(
-    statistics: SiteStatistics, weights: Sequence[torch.Tensor], bits: Sequence[int]
+    statistics: SiteStatistics,
+    weights: Sequence[torch.Tensor],
+    bits: Sequence[int],
+    fake_quantize: FakeQuantize = _polar,
 ) -> tuple[torch.Tensor, float]:
     """The best scales fp16 [K] for a site and their exponent.
 
-    weights: the site's weights [N_i, K], on the device to search on; bits: of each.
+    weights: the site's weights [N_i, K], on the device to search on; bits: of each; fake_quantize: the method
+    that the scales are for.
     """
     device = weights[0].device
     sample = statistics.sample.to(device)
@@ -32,7 +45,8 @@ def search_awq_scales(
     best, best_error = None, torch.inf
     for exponent in EXPONENTS:
         scales = _scales(statistics.mean_abs.to(device), exponent)
-        error = sum(_error(sample, *args, scales) for args in zip(rows, outputs, bits, strict=True))
+        left = [fake_quantize(weight, b, scales) for weight, b in zip(rows, bits, strict=True)]
+        error = sum(_error(sample, weight, output) for weight, output in zip(left, outputs, strict=True))
         if error < best_error:
             best, best_error = (scales, exponent), error
     assert best is not None  # the error of exponent 0 is finite
@@ -45,9 +59,7 @@ def _scales(mean_abs: torch.Tensor, exponent: float) -> torch.Tensor:
     return (logs - logs.mean()).exp().clamp(1 / _LIMIT, _LIMIT).half()
 
 
-def _error(sample: torch.Tensor, weight: torch.Tensor, output: torch.Tensor, bits: int, scales: torch.Tensor) -> float:
+def _error(sample: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> float:
     """Squared error of the layer's output relative to its size, so that a site's layers count alike."""
-    quantized = quantize_weight(weight, bits, awq_scales=scales)
-    parts = (quantized.packed, quantized.norms, quantized.awq_scales, quantized.centroids)
-    change = sample @ reference.dequantize(*parts, weight.shape[1], torch.float32).T - output
+    change = sample @ weight.T - output
     return float(change.square().sum() / output.square().sum().clamp_min(1e-30))

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from model_patch.errors import CheckpointError
-from model_patch.evaluate import text_windows, tokenize_file
+from model_patch.evaluate import check_vocabulary, text_windows, tokenize_file
 from model_patch.load import load_model, load_tokenizer
 from model_patch.progress import Progress, no_progress
 from model_patch.quantize.awq import search_awq_scales
@@ -38,16 +38,12 @@ def calibrate_plan(
 ) -> Calibrated:
     """Calibrate on the first `windows` windows of 512 tokens of a text file.
 
-    Loads the source model as a whole, in its own dtype on a GPU and in fp32 on a CPU. Raises CheckpointError for a text
-    shorter than one window.
+    Loads the source model as a whole. Raises CheckpointError for a text shorter than one window, or with tokens that
+    the model does not know.
     """
-    tokens = tokenize_file(load_tokenizer(plan.source.where), text)
-    batch = text_windows(tokens, WINDOW, windows)
-    if not len(batch):
-        raise CheckpointError(text, f"it has {len(tokens)} tokens, fewer than one window of {WINDOW}")
-    device = torch.device(device)
-    dtype = torch.float32 if device.type == "cpu" else "auto"
-    model = load_model(plan.source.where, device=device, dtype=dtype)
+    batch = calibration_batch(plan.source.where, text, windows)
+    model = load_for_calibration(plan.source.where, device)
+    check_vocabulary(batch, model)
     sites = plan.layers.sites()
     awq_steps = len(batch) + len(sites) if plan.config.awq else 0
     total = awq_steps + (len(batch) if feedback else 0)
@@ -58,6 +54,21 @@ def calibrate_plan(
         found = collect_moments(model, batch, sites, lambda done, _, what: progress(awq_steps + done, total, what))
         result.moments.update({name: found[site] for site, names in sites.items() for name in names})
     return result
+
+
+def calibration_batch(source: Path, text: Path, windows: int) -> torch.Tensor:
+    """Token ids [W, 512], W <= `windows`, of a text. Raises CheckpointError for a text shorter than one window."""
+    tokens = tokenize_file(load_tokenizer(source), text)
+    batch = text_windows(tokens, WINDOW, windows)
+    if not len(batch):
+        raise CheckpointError(text, f"it has {len(tokens)} tokens, fewer than one window of {WINDOW}")
+    return batch
+
+
+def load_for_calibration(source: Path, device: torch.device | str) -> PreTrainedModel:
+    """The model as a whole, in its own dtype on a GPU and in fp32 on a CPU."""
+    device = torch.device(device)
+    return load_model(source, device=device, dtype=torch.float32 if device.type == "cpu" else "auto")
 
 
 def _scales(

@@ -50,6 +50,16 @@ class QuantizePlan:
         after = sum(self.layout[key].nbytes for part in PARTS if (key := f"{stored}.{part}") in self.layout)
         return self.source.tensors[f"{stored}.weight"].nbytes, after
 
+    def code_bytes(self, name: str) -> int:
+        """Bytes of the codes of the layer `name`."""
+        return self.layout[f"{self.names[name]}.packed"].nbytes
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits a code, mean over all that are stored."""
+        codes = {name: self.code_bytes(name) for name in self.layers.bits}
+        return sum(codes.values()) / sum(count / self.layers.bits[name] for name, count in codes.items())
+
 
 def plan_checkpoint(
     source: Path, config: PolarQuantConfig, awq: bool, checkpoint: Checkpoint | None = None
@@ -93,32 +103,32 @@ def quantize_checkpoint(
     device: torch.device | str = "cpu",
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
+    kept: Path | None = None,
     progress: Progress = no_progress,
 ) -> list[str]:
     """Carry out `plan` into the folder `out`; returns warnings.
 
     awq_scales: layer name in the model -> fp16 [K]; needed for each linear layer when the plan was made with `awq`.
     moments: layer name in the model -> [K, K] of its inputs, for error feedback; layers without go without.
+    kept: a folder to work in, beside `out`: shards that are whole in it are not made again, and when it fails it stays.
     Raises QuantizationError naming the tensor whose weight cannot be quantised, OutputError when `out` cannot be
-    written; then nothing is left behind.
+    written; then nothing is left behind, but for `kept`.
     """
     check_output(out, overwrite)
     scales = {plan.names[name]: value for name, value in _wanted_scales(plan, awq_scales or {}).items()}
     seconds = {plan.names[name]: value for name, value in (moments or {}).items()}
     bits = {plan.names[name]: b for name, b in plan.layers.bits.items()}
     ready: dict[str, torch.Tensor] = {}  # parts of a layer quantised already and not yet asked for
-    done = 0
+    places = {layer: index + 1 for index, layer in enumerate(_in_order(plan.layout, bits))}
 
     def produce(name: str) -> torch.Tensor:
-        nonlocal done
         layer, _, part = name.rpartition(".")
         if layer not in bits or part not in PARTS:
             return plan.source.read(name)
         if name not in ready:
-            weight = _quantize(plan.source, layer, bits[layer], scales.get(layer), seconds.get(layer), device)
+            weight = quantize_layer(plan.source, layer, bits[layer], scales.get(layer), seconds.get(layer), device)
             ready.update({f"{layer}.{key}": getattr(weight, key) for key in PARTS if getattr(weight, key) is not None})
-            done += 1
-            progress(done, len(bits), layer)
+            progress(places[layer], len(bits), layer)
         return ready.pop(name)
 
     tables = {b: lloyd_max_levels(b) for b in set(bits.values())}
@@ -132,7 +142,13 @@ def quantize_checkpoint(
         bits,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
+        kept=kept,
     )
+
+
+def _in_order(layout: Mapping[str, torch.Tensor], layers: Mapping[str, int]) -> list[str]:
+    """The layers in the order in which their tensors are written."""
+    return list(dict.fromkeys(layer for name in layout if (layer := name.rpartition(".")[0]) in layers))
 
 
 def _wanted_scales(plan: QuantizePlan, given: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
@@ -144,7 +160,7 @@ def _wanted_scales(plan: QuantizePlan, given: Mapping[str, torch.Tensor]) -> Map
     return given
 
 
-def _quantize(
+def quantize_layer(
     source: Checkpoint,
     layer: str,
     bits: int,
@@ -152,6 +168,7 @@ def _quantize(
     moments: torch.Tensor | None,
     device: torch.device | str,
 ) -> PolarWeight:
+    """One layer of a checkpoint, by its name there. Raises QuantizationError naming the file and the tensor."""
     try:
         return quantize_weight(source.read(f"{layer}.weight", device), bits, awq_scales=awq_scales, moments=moments)
     except PolarError as error:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from polar_kernels import ArgumentError, lloyd_max_levels, published_levels
+from polar_kernels.codebook import lloyd_max_distortion
 
 ALL_BITS = range(2, 9)
 LEVELS_32 = (
@@ -37,6 +38,11 @@ def cell_centroid(low: float, high: float) -> float:
 )
 def test_documented_mse(bits: int, mse: float, last_digit: float) -> None:
     assert normal_mse(lloyd_max_levels(bits)) == pytest.approx(mse, abs=last_digit / 2, rel=0)
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_distortion(bits: int) -> None:
+    assert lloyd_max_distortion(bits) == pytest.approx(normal_mse(lloyd_max_levels(bits)), rel=1e-4)
 
 
 @pytest.mark.parametrize(("bits", "mse"), [(5, 0.002923), (6, 0.001047)])

@@ -1,6 +1,7 @@
 """Tiny random models of every architecture, plain and quantised, and a way to spoil their checkpoints."""
 
 import json
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -20,10 +21,12 @@ from transformers import (
     Qwen3_5Config,
     Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3VLConfig,
 )
 
 from model_patch import PolarQuantConfig, patch_model
+from model_patch.demo import EVALUATION_TEXT, MODEL
 
 VOCABULARY, IMAGE_TOKEN = 512, 500
 VISION_LANGUAGE = ("qwen3_5", "qwen3_vl_tied")
@@ -236,3 +239,24 @@ def layer_types() -> Callable[[torch.nn.Module], dict[str, str]]:
         return {name: kind for name, kind in types.items() if kind in kinds}
 
     return describe
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3 of one layer with the tokenizer of the embedded model; tests only read it."""
+    folder = tmp_path_factory.mktemp("cli") / "tiny"
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 4096, "head_dim": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    Qwen3ForCausalLM(Qwen3Config(**shape, **heads)).bfloat16().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prose(tiny: Path) -> Path:
+    """Some 1300 tokens of text."""
+    path = tiny.parent / "prose.txt"
+    path.write_text(EVALUATION_TEXT.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    return path

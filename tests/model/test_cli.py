@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 from model_patch import cli
 from model_patch.checkpoint.reader import INDEX_NAME, SINGLE_NAME, Checkpoint, read_config
+from model_patch.cli import ppl as ppl_module
 from model_patch.cli.app import app
 from model_patch.demo import EVALUATION_TEXT, MODEL
 from model_patch.errors import CheckpointError, ConfigError, OutputError, UnsupportedModelError
@@ -29,7 +30,20 @@ from model_patch.load import load_model
 from polar_kernels import PolarError
 from polar_kernels.version import __version__
 
-COMMANDS = ("quantize", "inspect", "verify", "generate", "chat", "serve", "ppl", "dequantize", "convert", "env", "demo")
+COMMANDS = (
+    "quantize",
+    "inspect",
+    "verify",
+    "generate",
+    "chat",
+    "serve",
+    "ppl",
+    "ablate",
+    "dequantize",
+    "convert",
+    "env",
+    "demo",
+)
 MAIN = "from model_patch.cli import main; main()"
 DOWN, HEAD, EMBEDDING = "model.layers.0.mlp.down_proj", "lm_head", "model.embed_tokens"
 
@@ -82,19 +96,6 @@ def _process(*args: object, code: str = MAIN, **env: str) -> subprocess.Complete
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3 of one layer with the tokenizer of the embedded model; tests only read it."""
-    folder = tmp_path_factory.mktemp("cli") / "tiny"
-    torch.manual_seed(0)
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 4096, "head_dim": 32}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    Qwen3ForCausalLM(Qwen3Config(**shape, **heads)).bfloat16().save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODEL / name, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def packed(tiny: Path) -> Path:
     """The tiny model at 5 bits without AWQ; tests only read it."""
     out = tiny.parent / "packed"
@@ -108,14 +109,6 @@ def packed_model(tiny: Path) -> Path:
     out = tiny.parent / "packed-model"
     _text("quantize", MODEL, out, "--no-awq")
     return out
-
-
-@pytest.fixture(scope="module")
-def prose(tiny: Path) -> Path:
-    """Some 1300 tokens of text."""
-    path = tiny.parent / "prose.txt"
-    path.write_text(EVALUATION_TEXT.read_text(encoding="utf-8")[:4000], encoding="utf-8")
-    return path
 
 
 def _layers(folder: Path) -> dict[str, int]:
@@ -316,7 +309,7 @@ def test_quantize_calibrates_on_the_given_text(tiny: Path, prose: Path, tmp_path
 def test_quantize_in_text(tiny: Path, tmp_path: Path) -> None:
     text = _text("quantize", tiny, tmp_path / "out", "--no-awq")
     assert f"written to {tmp_path / 'out'}" in text
-    assert "9 layers, 0 kept" in text
+    assert "9 layers of 5.00 bits, 0 kept" in text
 
 
 def test_quantize_without_awq(packed: Path) -> None:
@@ -610,6 +603,36 @@ def test_ppl_of_a_quantised_model(tiny: Path, packed: Path, prose: Path) -> None
     text = _text("ppl", packed, *options, "--against", tiny)
     assert f"perplexity  {found['perplexity']:.4f}" in text
     assert f"same top-1  {found['top1_agreement']:.2%}" in text
+
+
+def test_ppl_states_its_windows(tiny: Path, prose: Path) -> None:
+    options = ("--text", prose, "--window", 64, "--limit", 3)
+    text = _text("ppl", tiny, *options, "--stride", 32)
+    assert "3 of 64 tokens, stride 32, each scoring what no earlier one has (Hugging Face)" in text
+    text = _text("ppl", tiny, *options, "--convention", "llama.cpp")
+    assert "3 of 64 tokens, stride 64, each scoring its second half (llama.cpp)" in text
+    found = _json("ppl", tiny, *options, "--convention", "llama.cpp")
+    assert (found["convention"], found["tokens"]) == ("llama.cpp", 3 * 31)
+    message = _refused(ConfigError, "ppl", tiny, *options, "--convention", "llama.cpp", "--stride", 32)
+    assert "side by side" in message
+
+
+def test_ppl_with_kept_predictions(
+    tiny: Path, packed: Path, prose: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = ("--text", prose, "--window", 64, "--limit", 3, "--against", tiny)
+    first = _json("ppl", packed, *options, "--logits-cache", tmp_path / "cache")
+    assert first["kl_divergence"] == pytest.approx(_json("ppl", packed, *options)["kl_divergence"], rel=1e-3)
+    assert len(list((tmp_path / "cache").glob("window-*.safetensors"))) == 3
+    loaded: list[object] = []
+    load = ppl_module.load_model
+    monkeypatch.setattr(ppl_module, "load_model", lambda source, **kw: loaded.append(source) or load(source, **kw))
+    assert _json("ppl", packed, *options, "--logits-cache", tmp_path / "cache") == first
+    assert loaded == [str(packed)]
+    message = _refused(ConfigError, "ppl", packed, *options, "--stride", 32, "--logits-cache", tmp_path / "cache")
+    assert "predictions are of another stride" in message
+    message = _refused(ConfigError, "ppl", packed, "--text", prose, "--logits-cache", tmp_path / "cache")
+    assert "name it with --against" in message
 
 
 def test_ppl_without_a_reference(tiny: Path, prose: Path) -> None:

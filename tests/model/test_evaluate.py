@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from model_patch import CheckpointError, PolarQuantConfig, demo, patch_model
-from model_patch.evaluate import evaluate, text_windows, tokenize_file
+from model_patch import CheckpointError, ConfigError, PolarQuantConfig, demo, patch_model
+from model_patch.evaluate import Convention, evaluate, log_probabilities, text_windows, tokenize_file
 
 LENGTH = 103
 
@@ -97,16 +97,46 @@ def test_distance_to_a_reference(zoo: Any, model: PreTrainedModel, tokens: torch
     quantized = zoo.model("qwen3")
     patch_model(quantized, PolarQuantConfig(3))
     result = evaluate(quantized, tokens, window=25, stride=25, reference=model)
-    divergence, same, count = 0.0, 0, 0
+    divergences, same = [], 0
     for ids in tokens[:100].view(4, 1, 25).to(model.device):
         expected, found = (m(ids).logits[0, :-1].double().softmax(-1) for m in (model, quantized))
-        divergence += float((expected * (expected / found).log()).sum())
+        divergences += (expected * (expected / found).log()).sum(-1).tolist()
         same += int((expected.argmax(-1) == found.argmax(-1)).sum())
-        count += len(found)
-    assert result.tokens == count == 96
-    assert result.kl_divergence == pytest.approx(divergence / count, rel=1e-4)
+    assert result.tokens == len(divergences) == 96
+    assert result.kl_divergence == pytest.approx(sum(divergences) / 96, rel=1e-4)
+    assert result.kl_divergence_99 == pytest.approx(sorted(divergences)[95], rel=1e-4)  # 95 of 96 are less than 99 %
     assert result.kl_divergence > 0.01
-    assert result.top1_agreement == same / count < 1
+    assert result.top1_agreement == same / 96 < 1
+
+
+@torch.no_grad()
+def test_99_of_100_do_not_exceed_it(model: PreTrainedModel) -> None:
+    """With 200 tokens, two are above; a reference is made up whose divergence at token i is known to be the i-th."""
+    tokens = torch.randint(0, 500, (201,), generator=torch.Generator().manual_seed(4))
+    found = log_probabilities(model, tokens.to(model.device), 200)
+
+    def expect(index: int, ids: torch.Tensor, scored: int) -> torch.Tensor:
+        return (found * torch.linspace(1, 2, scored, device=ids.device)[:, None]).log_softmax(-1)
+
+    result = evaluate(model, tokens, window=201, reference=expect)
+    expected = expect(0, tokens.to(model.device), 200)
+    divergences = (expected.exp() * (expected - found)).sum(-1).cpu()
+    assert int((divergences > result.kl_divergence_99).sum()) == 2
+
+
+@torch.no_grad()
+def test_llama_cpp_scores_the_second_half_of_each_window(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """perplexity.cpp: logits from n_ctx / 2 on predict the tokens after them, n_ctx - 1 - n_ctx / 2 a window."""
+    result = evaluate(model, tokens, window=20, convention=Convention.llama_cpp)
+    losses = [
+        -float(log_probabilities(model, ids.to(model.device), 19)[place - 1, ids[place]])
+        for ids in tokens[:100].view(5, 20)
+        for place in range(11, 20)
+    ]
+    assert (result.windows, result.tokens, result.convention) == (5, 45, "llama.cpp")
+    assert result.perplexity == pytest.approx(math.exp(sum(losses) / 45), rel=1e-5)
+    with pytest.raises(ConfigError, match="side by side: leave out the stride 7"):
+        evaluate(model, tokens, window=20, stride=7, convention=Convention.llama_cpp)
 
 
 def test_perplexity_does_not_depend_on_the_reference(model: PreTrainedModel, tokens: torch.Tensor) -> None:

@@ -437,12 +437,23 @@ def site_statistics(channels: int, device: torch.device, outliers: bool) -> Site
     return SiteStatistics(sample.abs().mean(0).to(device), sample.to(device))
 
 
-def site_error(statistics: SiteStatistics, weights: list[torch.Tensor], bits: list[int], scales: Any) -> float:
+def scaled_dequantized(weight: torch.Tensor, bits: int, scales: torch.Tensor | None) -> torch.Tensor:
+    return dequantized(weight, bits, awq_scales=scales)
+
+
+def scaled_absmax(weight: torch.Tensor, bits: int, scales: torch.Tensor | None) -> torch.Tensor:
+    scales = torch.ones_like(weight[0]) if scales is None else scales.half().float()
+    return absmax_round(weight * scales, bits) / scales
+
+
+def site_error(
+    statistics: SiteStatistics, weights: list[torch.Tensor], bits: list[int], scales: Any, fake_quantize: Any
+) -> float:
     """Squared error of the layers' outputs relative to their size, summed over the layers."""
     total = 0.0
     for weight, b in zip(weights, bits, strict=True):
         output = statistics.sample @ weight.T
-        change = statistics.sample @ dequantized(weight, b, awq_scales=scales).T - output
+        change = statistics.sample @ fake_quantize(weight, b, scales).T - output
         total += float(change.square().sum() / output.square().sum())
     return total
 
@@ -455,19 +466,24 @@ def test_uniform_activations_need_no_scaling(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("outliers", [False, True])
-def test_the_choice_is_the_best_of_all_exponents_on_its_sample(device: torch.device, outliers: bool) -> None:
+@pytest.mark.parametrize("method", [scaled_dequantized, scaled_absmax])
+def test_the_choice_is_the_best_of_all_exponents_on_its_sample(
+    device: torch.device, outliers: bool, method: Any
+) -> None:
     statistics = site_statistics(256, device, outliers)
     weights, bits = [torch.randn(48, 256, device=device), torch.randn(32, 256, device=device)], [3, 4]
-    scales, exponent = search_awq_scales(statistics, weights, bits)
-    chosen = site_error(statistics, weights, bits, scales)
+    given = () if method is scaled_dequantized else (method,)  # the scheme's own is the default
+    scales, exponent = search_awq_scales(statistics, weights, bits, *given)
+    chosen = site_error(statistics, weights, bits, scales, method)
     candidates = []
     for step in range(21):
         logs = statistics.mean_abs.log() * (step / 20)
-        candidates.append(site_error(statistics, weights, bits, (logs - logs.mean()).exp()))
+        candidates.append(site_error(statistics, weights, bits, (logs - logs.mean()).exp(), method))
     assert chosen == pytest.approx(min(candidates), rel=1e-4)
     assert exponent == EXPONENTS[candidates.index(min(candidates))]
-    assert chosen <= site_error(statistics, weights, bits, None) * (1 + 1e-6)
-    assert not outliers or chosen < 0.7 * site_error(statistics, weights, bits, None)
+    plain = site_error(statistics, weights, bits, None, method)
+    assert chosen <= plain * (1 + 1e-6)
+    assert not outliers or chosen < 0.7 * plain
 
 
 def test_scales_are_fp16_with_geometric_mean_one_even_for_dead_channels(device: torch.device) -> None:

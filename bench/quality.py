@@ -1,0 +1,118 @@
+"""What `polar ablate` leaves: table, JSON, chart, and docs/quality.md made from the JSON."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from polar_bench import ablate, report
+from polar_bench.report import Result
+
+COLUMNS = ["weights", "bits a weight", "perplexity", "mean KL", "of baseline", "99 % KL", "same top-1"]
+
+
+def assemble(measurements: Sequence[ablate.Measurement], **settings: Any) -> Result:
+    """The result as it is written to JSON. settings: what was measured on what."""
+    return report.describe() | settings | {"rows": [_flat(asdict(measurement)) for measurement in measurements]}
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    return row | row.pop("evaluation")
+
+
+def write(result: Result, folder: Path) -> Path:
+    """Write JSON and chart; returns the JSON's path."""
+    path = report.write_json(result, folder, f"quality-{result['model']}")
+    _draw(result, path.with_suffix(".png"))
+    return path
+
+
+def table(result: Result, bits: int) -> list[list[str]]:
+    """Rows for people, of the original and of all variants at `bits`."""
+    rows = [row for row in result["rows"] if row["bits"] in (0, bits)]
+    baseline = next((row["kl_divergence"] for row in rows if row["variant"] == ablate.BASELINE), None)
+    return [
+        [
+            row["variant"],
+            f"{row['bits_per_weight']:.3f}",
+            f"{row['perplexity']:.3f} +- {row['perplexity_error']:.3f}",
+            f"{row['kl_divergence']:.6f}",
+            f"{row['kl_divergence'] / baseline:.2f}" if baseline and row["bits"] else "-",
+            f"{row['kl_divergence_99']:.4f}",
+            f"{row['top1_agreement']:.2%}",
+        ]
+        for row in rows
+    ]
+
+
+def widths(result: Result) -> list[int]:
+    """The bits that were measured, in the order they were."""
+    return list(dict.fromkeys(row["bits"] for row in result["rows"] if row["bits"]))
+
+
+def document(results: Sequence[Path], out: Path) -> None:
+    """Write docs/quality.md from result files."""
+    parts = [_INTRODUCTION]
+    parts += [_section(json.loads(path.read_text(encoding="utf-8")), path, out.parent) for path in results]
+    out.write_text("\n".join(parts), encoding="utf-8")
+
+
+_INTRODUCTION = f"""# Quality
+
+Made by `polar ablate` and `bench/quality.py` from its results; do not edit. Every linear layer and the head are
+quantised at the same bits, the embedding stays in bf16. Perplexity with its standard error over the windows; KL
+divergence to the predictions of the bf16 weights, in nats, its mean and what 99 % of the tokens do not exceed; how
+often both rank the same token first. The bf16 row shows what keeping those predictions in 16 bits for the comparison
+costs. "of baseline" is the mean KL over that of "{ablate.BASELINE}" at the same bits. Lines
+that begin with + are Hadamard + Lloyd-Max with the converged table. All variants score the same tokens, so that their
+differences are far surer than the standard error of one perplexity says.
+"""
+
+
+def _section(result: Result, path: Path, base: Path) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    scored = result["rows"][0]
+    lines = [
+        f"\n## {result['model']}\n",
+        f"{versions}, {result['gpu']}, {result['dtype']} arithmetic, commit {result['commit']}, {result['date']}.",
+        f"Evaluated on {scored['windows']} windows of {scored['window']} tokens of {result['text']}, stride "
+        f"{scored['stride']}, {scored['tokens']} tokens scored; calibrated on {result['calibration_windows']} windows "
+        f"of 512 tokens of {result['calibration']}.\n",
+        f"![Mean KL divergence over the baseline's]({report.relative_link(path.with_suffix('.png'), base)})",
+    ]
+    for bits in widths(result):
+        lines += [
+            f"\n### {bits} bits\n",
+            "| " + " | ".join(COLUMNS) + " |",
+            "|---" * len(COLUMNS) + "|",
+            *("| " + " | ".join(row) + " |" for row in table(result, bits)),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _draw(result: Result, path: Path) -> None:
+    """Mean KL divergence over the baseline's, a bar for each variant and width."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row["variant"] for row in result["rows"] if row["bits"]))
+    thickness = 0.8 / len(widths(result))
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    for index, bits in enumerate(widths(result)):
+        found = {row["variant"]: row["kl_divergence"] for row in result["rows"] if row["bits"] == bits}
+        places = [place + index * thickness for place in range(len(names))]
+        axes.barh(places, [found[name] / found[ablate.BASELINE] for name in names], thickness, label=f"{bits} bits")
+    axes.set_yticks([place + 0.4 - thickness / 2 for place in range(len(names))], names)
+    axes.invert_yaxis()
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set(xlabel="mean KL divergence to bf16, over the baseline's")
+    axes.set_title(f"{result['model']}, {result['rows'][0]['windows']} windows of {result['text']}")
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":  # python -m polar_bench.quality RESULTS DOCUMENT: the document again, without measuring
+    document(sorted(Path(sys.argv[1]).glob("quality-*.json")), Path(sys.argv[2]))

@@ -1,0 +1,80 @@
+"""`polar ablate`: what each part of the scheme gives on a model and a text."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from model_patch.cli.options import AsJson, Device, parse_dtype, pick_device, print_json, print_table
+from model_patch.demo import CALIBRATION_WINDOWS
+from model_patch.errors import ConfigError
+from model_patch.evaluate import Convention, tokenize_file
+from model_patch.load import find_checkpoint, load_model, load_tokenizer
+from model_patch.logits_cache import open_cache
+from model_patch.progress import progress_bar
+from model_patch.quantize.calibrated import calibration_batch
+
+
+def ablate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A plain checkpoint folder or Hub name.")],
+    calibration: Annotated[Path, typer.Option(metavar="FILE", help="The text to calibrate on.", show_default=False)],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="The text to score.", show_default=False)],
+    bits: Annotated[list[int] | None, typer.Option(help="Bits a weight; repeatable; 5, 4 and 3 by default.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to calibrate on.")] = CALIBRATION_WINDOWS,
+    window: Annotated[int, typer.Option(min=2, help="Tokens a window that is scored.")] = 512,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="WINDOWS", help="Score only the first windows.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the arithmetic: float32, bfloat16 or float16.")] = "float32",
+    out: Annotated[Path | None, typer.Option(help="Write results and chart into this folder.")] = None,
+    document: Annotated[Path | None, typer.Option(help="Write the results in OUT as this Markdown file.")] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantise MODEL by baselines and by the scheme part after part, and compare each with the original.
+
+    The predictions of the original are kept on disk meanwhile, two bytes times the vocabulary a scored token.
+    """
+    from polar_bench import ablate as runner
+    from polar_bench import quality
+
+    if document is not None and out is None:
+        raise ConfigError("--document is made from the results in a folder: name it with --out")
+    target, picked, source = pick_device(device), parse_dtype(dtype), find_checkpoint(model)
+    plans = runner.plans(source, bits or [5, 4, 3])
+    tokens = tokenize_file(load_tokenizer(source), text)
+    batch = calibration_batch(source, calibration, windows)
+    original = load_model(source, device=target, dtype=picked)
+    with progress_bar("calibrate") as progress:
+        calibrated = runner.calibrate_sites(original, batch, next(iter(plans.values())).layers.sites(), progress)
+    with tempfile.TemporaryDirectory() as scratch, progress_bar("ablate") as progress:
+        reference = open_cache(
+            Path(scratch),
+            source,
+            tokens,
+            lambda: original,
+            window=window,
+            stride=None,
+            convention=Convention.hugging_face,
+            dtype=picked,
+        )
+        measurements = runner.run(
+            original, calibrated, tokens, reference, plans, window=window, limit=limit, progress=progress
+        )
+    result = quality.assemble(
+        measurements,
+        model=source.resolve().name,
+        text=text.name,
+        calibration=calibration.name,
+        calibration_windows=len(batch),
+        dtype=dtype,
+    )
+    if out is not None:
+        quality.write(result, out)
+        if document is not None:
+            quality.document(sorted(out.glob("quality-*.json")), document)
+    if as_json:
+        print_json(result)
+        return
+    for b in plans:
+        title = f"{result['model']} at {b} bits, {measurements[0].evaluation.windows} windows of {text.name}"
+        print_table(title, quality.COLUMNS, quality.table(result, b))

@@ -1,0 +1,217 @@
+"""`polar ablate`: its baselines are what their names say, its variants of the format what `polar quantize` writes."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from polar_bench import ablate, quality
+from polar_bench.ablate import VARIANTS, Calibration, Variant
+from typer.testing import CliRunner
+
+from model_patch import ConfigError, PolarQuantConfig, load_model
+from model_patch.checkpoint.reader import Checkpoint
+from model_patch.cli.app import app
+from model_patch.demo import CALIBRATION_TEXT, EVALUATION_TEXT
+from model_patch.evaluate import evaluate, model_reference
+from model_patch.quantize import calibrate_plan, plan_checkpoint, quantize_checkpoint, write_absmax
+from model_patch.quantize.calibrated import calibration_batch
+from polar_kernels import BLOCK_SIZE, lloyd_max_levels, published_levels, quantize_weight, reference
+from polar_kernels.hadamard import transform_blocks
+
+ROOT = Path(__file__).parents[2]
+
+
+def variant(name: str) -> Variant:
+    (found,) = (v for v in VARIANTS if v.name == name)
+    return found
+
+
+def unscaled(name: str, weight: torch.Tensor, bits: int) -> torch.Tensor:
+    return variant(name).quantize(weight, bits, None, None)
+
+
+# The baselines
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    weight = torch.randn(32, 2 * BLOCK_SIZE, generator=torch.Generator().manual_seed(0))
+    weight[:, 3] *= 8  # an outlier, which the rotation spreads
+    weight[0, :BLOCK_SIZE] = 0
+    return weight
+
+
+def test_uniform_levels_after_rotation(weight: torch.Tensor) -> None:
+    found = unscaled("Hadamard, uniform levels", weight, 4)
+    rotated, result = (transform_blocks(w).view(32, 2, BLOCK_SIZE) for w in (weight, found))
+    step = rotated.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 7
+    torch.testing.assert_close(result / step, (rotated / step).round(), rtol=0, atol=1e-3)
+    assert not found[0, :BLOCK_SIZE].any()
+
+
+def test_lloyd_max_levels_without_rotation(weight: torch.Tensor) -> None:
+    found = unscaled("Lloyd-Max, no rotation", weight, 3).view(32, 2, BLOCK_SIZE)
+    blocks = weight.view(32, 2, BLOCK_SIZE)
+    deviation = blocks.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
+    distance = (blocks / deviation)[..., None] - lloyd_max_levels(3)
+    torch.testing.assert_close(found / deviation, lloyd_max_levels(3)[distance.abs().argmin(-1)] * (deviation > 1e-20))
+    assert not found[0, 0].any()
+
+
+def test_columns_that_are_no_whole_block(weight: torch.Tensor) -> None:
+    for v in VARIANTS:
+        found = v.quantize(weight[:, :200], 5, torch.ones(200), None)
+        assert found.shape == (32, 200)
+        assert (found - weight[:, :200]).norm() < 0.3 * weight[:, :200].norm()
+
+
+def test_scales_multiply_before_rounding_and_divide_after(weight: torch.Tensor) -> None:
+    scales = torch.linspace(0.5, 2, weight.shape[1]).half()
+    for v in VARIANTS:
+        expected = v.quantize(weight * scales.float(), 4, None, None) / scales.float()
+        torch.testing.assert_close(v.quantize(weight, 4, scales, None), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("levels", "name"), [(lloyd_max_levels, ""), (published_levels, " (published table)")])
+def test_tables_and_norms(weight: torch.Tensor, levels: Any, name: str) -> None:
+    made = quantize_weight(weight, 5, centroids=levels(5), least_squares=False)
+    parts = (made.packed, made.norms, None, levels(5))
+    expected = reference.dequantize(*parts, weight.shape[1], torch.float32)
+    torch.testing.assert_close(unscaled(f"Hadamard + Lloyd-Max{name}", weight, 5), expected)
+
+
+def test_each_part_lowers_the_error_of_the_weight() -> None:
+    """On weights whose rows have outliers, as trained ones have."""
+    weight = torch.distributions.StudentT(4.0).sample((256, 512))
+    names = ("absmax", "Hadamard + Lloyd-Max (published table)", "Hadamard + Lloyd-Max", "+ least-squares scale")
+    errors = [float((unscaled(name, weight, 5) - weight).square().sum()) for name in names]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.5 * errors[0]
+
+
+# The variants of the format
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny: Path) -> tuple[Any, Calibration]:
+    """The tiny model in fp32 and what it is calibrated with."""
+    model = load_model(tiny, device="cpu", dtype=torch.float32)
+    sites = ablate.plans(tiny, [3])[3].layers.sites()
+    return model, ablate.calibrate_sites(model, calibration_batch(tiny, CALIBRATION_TEXT, 2), sites)
+
+
+@pytest.mark.parametrize(
+    ("name", "awq", "feedback"),
+    [
+        ("+ least-squares scale", False, False),
+        ("+ least-squares scale + AWQ", True, False),
+        ("+ least-squares scale + error feedback", False, True),
+        ("+ least-squares scale + AWQ + error feedback", True, True),
+    ],
+)
+def test_weights_are_those_of_polar_quantize(
+    tiny: Path, calibrated: Any, name: str, awq: bool, feedback: bool, tmp_path: Path
+) -> None:
+    plan = plan_checkpoint(tiny, PolarQuantConfig(3, modules_to_not_convert=["embed_tokens"]), awq)
+    found = calibrate_plan(plan, CALIBRATION_TEXT, "cpu", 2, feedback=feedback)
+    quantize_checkpoint(plan, tmp_path / "out", awq_scales=found.awq_scales, moments=found.moments)
+    model, calibration = calibrated
+    sites = plan.layers.sites()
+    weights = dict(ablate.quantized_weights(model, variant(name), 3, sites, calibration))
+    loaded = load_model(tmp_path / "out", device="cpu", dtype=torch.float32)
+    assert weights.keys() == plan.layers.bits.keys()
+    for layer, dense in weights.items():
+        assert torch.equal(dense, loaded.get_submodule(layer).dequantize(torch.float32)), layer
+    size = ablate.bits_per_weight(ablate.plans(tiny, [3])[3], awq)
+    count = sum(model.get_submodule(layer).weight.numel() for layer in weights)
+    assert size == pytest.approx(8 * sum(plan.layer_bytes(layer)[1] for layer in weights) / count)
+
+
+def test_the_baseline_is_what_polar_quantize_writes(tiny: Path, calibrated: Any, tmp_path: Path) -> None:
+    plan = plan_checkpoint(tiny, PolarQuantConfig(3, modules_to_not_convert=["embed_tokens"]), awq=False)
+    write_absmax(plan, tmp_path / "out")
+    model, calibration = calibrated
+    written = Checkpoint.open(tmp_path / "out")
+    for layer, dense in ablate.quantized_weights(model, variant("absmax"), 3, plan.layers.sites(), calibration):
+        torch.testing.assert_close(dense.bfloat16(), written.read(f"{plan.names[layer]}.weight"))
+
+
+def test_rows_of_a_run(calibrated: Any, tiny: Path) -> None:
+    model, calibration = calibrated
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tokens = torch.randint(0, 4096, (130,), generator=torch.Generator().manual_seed(0))
+    told: list[tuple[int, int]] = []
+    rows = ablate.run(
+        model,
+        calibration,
+        tokens,
+        model_reference(model, tokens),
+        ablate.plans(tiny, [5, 3]),
+        variants=[variant("absmax"), variant("+ least-squares scale + error feedback")],
+        window=32,
+        progress=lambda done, total, _: told.append((done, total)),
+    )
+    assert [(row.variant, row.bits) for row in rows] == [
+        ("bf16", 0),
+        ("absmax", 5),
+        ("+ least-squares scale + error feedback", 5),
+        ("absmax", 3),
+        ("+ least-squares scale + error feedback", 3),
+    ]
+    assert told == [(i + 1, 5 * 4) for i in range(5 * 4)]
+    assert [row.bits_per_weight for row in rows] == [16, 5.125, 5.125, 3.125, 3.125]
+    original, wide, _, narrow, fed = (row.evaluation for row in rows)
+    assert original == evaluate(model, tokens, window=32, reference=model)
+    assert original.kl_divergence == 0
+    assert 0 < wide.kl_divergence < fed.kl_divergence < narrow.kl_divergence
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# The command and its files
+
+
+def run(*args: object) -> Any:
+    texts = ("--calibration", CALIBRATION_TEXT, "--text", EVALUATION_TEXT, "--windows", 1, "--device", "cpu")
+    return CliRunner().invoke(app, [str(arg) for arg in ("ablate", *args, *texts)])
+
+
+def test_command(tiny: Path, tmp_path: Path) -> None:
+    out, doc = tmp_path / "results", tmp_path / "docs" / "quality.md"
+    doc.parent.mkdir()
+    sizes = ("--bits", 3, "--window", 64, "--limit", 2)
+    result = run(tiny, *sizes, "--out", out, "--document", doc, "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert json.loads((out / "quality-tiny.json").read_text()) == printed
+    assert [row["variant"] for row in printed["rows"]] == ["bf16", *(v.name for v in VARIANTS)]
+    assert {(row["windows"], row["window"], row["tokens"]) for row in printed["rows"]} == {(2, 64, 2 * 63)}
+    assert all(math.isfinite(row["kl_divergence"]) for row in printed["rows"])
+    assert (out / "quality-tiny.png").stat().st_size > 1000
+    text = doc.read_text()
+    assert "(../results/quality-tiny.png)" in text
+    assert "Evaluated on 2 windows of 64 tokens of wikitext2.test.excerpt.txt, stride 64, 126 tokens scored" in text
+    assert "calibrated on 1 windows of 512 tokens of wikitext2.valid.excerpt.txt" in text
+    assert "### 3 bits" in text
+    assert text.count("| absmax |") == 1
+    rows = {row[0]: row for row in quality.table(printed, 3)}
+    assert rows[ablate.BASELINE][4] == "1.00"
+    by_name = {row["variant"]: row["kl_divergence"] for row in printed["rows"] if row["bits"] == 3}
+    assert rows["absmax"][4] == f"{by_name['absmax'] / by_name[ablate.BASELINE]:.2f}"
+
+
+def test_a_document_needs_a_folder_of_results(tiny: Path, tmp_path: Path) -> None:
+    result = run(tiny, "--document", tmp_path / "quality.md")
+    assert isinstance(result.exception, ConfigError)
+    assert "name it with --out" in str(result.exception)
+
+
+def test_the_document_is_made_from_the_results(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "bench").symlink_to(ROOT / "bench")
+    results = sorted((tmp_path / "bench" / "results").glob("quality-*.json"))
+    assert results
+    quality.document(results, tmp_path / "docs" / "quality.md")
+    assert (tmp_path / "docs" / "quality.md").read_text() == (ROOT / "docs" / "quality.md").read_text()
