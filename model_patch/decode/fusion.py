@@ -15,14 +15,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from model_patch.decode.gated_delta_net import decode_forward, recurrence
+
 BACKEND = "inductor"
-_CLASSES = ("RMSNorm", "RMSNormGated", "MLP")
-# Function of a modelling file -> the package whose kernel takes its place where it is installed.
-_FUNCTIONS = {
-    "apply_rotary_pos_emb": None,
-    "torch_recurrent_gated_delta_rule": "fla",
-    "causal_conv1d_update": "causal_conv1d",
-}
+_CLASSES = ("RMSNorm", "MLP")
+_FUNCTIONS = ("apply_rotary_pos_emb",)
 _SHAPES = 64  # of a region at the most: batch sizes times widths
 _swapping = threading.Lock()
 
@@ -34,7 +31,7 @@ def fused(model: PreTrainedModel) -> Iterator[None]:
         plain = [(owner, name, getattr(owner, name)) for owner, name in regions(model)]
         try:
             for owner, name, function in plain:
-                setattr(owner, name, _compiled(function, BACKEND))
+                setattr(owner, name, _fast(owner, function))
             yield
         finally:
             for owner, name, function in plain:
@@ -42,17 +39,23 @@ def fused(model: PreTrainedModel) -> Iterator[None]:
 
 
 def regions(model: PreTrainedModel) -> list[tuple[Any, str]]:
-    """Where the regions are: (class, "forward") and (module, function)."""
+    """Where the regions are: (class, "forward") and (module, function).
+
+    GatedDeltaNet is left to flash-linear-attention, or causal-conv1d, where transformers has found them.
+    """
     decoder = model.get_decoder()
     file = sys.modules[type(decoder).__module__]
-    classes = {type(module) for module in decoder.modules() if type(module).__module__ == file.__name__}
-    found: list[tuple[Any, str]] = [
-        (kind, "forward") for kind in classes if kind.__name__.endswith(_CLASSES) and "Vision" not in kind.__name__
-    ]
-    for name, package in _FUNCTIONS.items():
-        if hasattr(file, name) and (package is None or find_spec(package) is None):
-            found.append((file, name))
-    return sorted(found, key=lambda region: (region[1], getattr(region[0], "__name__", "")))
+    wanted = _CLASSES if find_spec("fla") or find_spec("causal_conv1d") else (*_CLASSES, "GatedDeltaNet")
+    own = {type(module) for module in decoder.modules() if type(module).__module__ == file.__name__}
+    classes = [(kind, "forward") for kind in own if kind.__name__.endswith(wanted)]
+    functions = [(file, name) for name in _FUNCTIONS if hasattr(file, name)]
+    return sorted([*classes, *functions], key=lambda region: (region[1], region[0].__name__))
+
+
+def _fast(owner: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    if owner.__name__.endswith("GatedDeltaNet"):
+        return decode_forward(function, _compiled(recurrence, BACKEND))
+    return _compiled(function, BACKEND)
 
 
 @cache

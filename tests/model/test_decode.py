@@ -1,5 +1,6 @@
 """accelerate(): the tokens are those of the plain path, whatever was decoded before. On a CPU steps run op by op."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from model_patch import accelerate, decelerate, patch_model, set_activation
 from model_patch.decode import decoder as decoder_module
 from model_patch.decode import fusion
+from model_patch.decode.gated_delta_net import decode_forward, recurrence
 from model_patch.decode.step import Step
 from model_patch.demo import MODEL
 from model_patch.load import load_model, load_tokenizer
@@ -83,6 +85,17 @@ def test_prompts_with_an_image(zoo: Any, name: str) -> None:
     assert torch.equal(model.generate(**arguments), expected)
     assert torch.equal(model.generate(arguments["input_ids"], **GREEDY), without)
     assert not torch.equal(expected, without)
+
+
+def test_inference_mode_and_none_in_turns(zoo: Any) -> None:
+    model = patched(zoo, "qwen3_5_text")
+    arguments = [prompts(zoo.device, rows) | GREEDY for rows in (2, 1)]
+    expected = [model.generate(**each) for each in arguments]
+    with torch.inference_mode():
+        accelerate(model, compile=False, max_length=LENGTH, batch_size=ROWS)
+        assert torch.equal(model.generate(**arguments[0]), expected[0])  # its steps are made now
+    assert torch.equal(model.generate(**arguments[0]), expected[0])
+    assert torch.equal(model.generate(**arguments[1]), expected[1])
 
 
 def test_the_longest_sequence_that_fits(zoo: Any) -> None:
@@ -245,28 +258,53 @@ def test_layers_may_change_afterwards(zoo: Any) -> None:
     assert torch.equal(model.generate(**arguments), found)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_vl_tied"])
+@pytest.mark.parametrize("name", ["embedded", "qwen3_vl_tied"])
 def test_fused_regions_are_compiled_once_for_all_layers(zoo: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(fusion, "BACKEND", counter)
-    model = patched(zoo, name)
+    if name == "embedded":  # three layers of GatedDeltaNet
+        model = load_model(MODEL, device=zoo.device, dtype=torch.float32)
+        patch_model(model)
+    else:
+        model = patched(zoo, name)
     accelerate(model, compile=False, max_length=LENGTH, batch_size=ROWS)
-    model.generate(**prompts(zoo.device) | GREEDY)
-    decoder, before = model._decoder, [getattr(*region) for region in fusion.regions(model)]
-    slot, positions = decoder._state.slot.clone(), decoder._state.positions.clone()
-    expected = decoder._steps[ROWS, 64].run()
+    plain = [getattr(*region) for region in fusion.regions(model)]
     counts = []
-    for _ in range(2):
-        decoder._state.slot.copy_(slot)
-        decoder._state.positions.copy_(positions)
+    for rows in (1, ROWS, 1, ROWS):
         with fusion.fused(model):
-            logits = decoder._steps[ROWS, 64].run()
+            model._decoder.first_step(rows).run()
         counts.append(counter.frame_count)
-    if name == "qwen3_vl_tied":  # without a state that the first run changed
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     norms = 3  # of the hidden state, of queries and of keys; anything else has one shape
-    assert counts == [len(before) - 1 + norms] * 2
-    assert [getattr(*region) for region in fusion.regions(model)] == before
+    once = len(plain) - 1 + norms
+    assert counts == [once, 2 * once, 2 * once, 2 * once]
+    assert [getattr(*region) for region in fusion.regions(model)] == plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_one_token_through_gated_delta_net(zoo: Any, dtype: torch.dtype) -> None:
+    """As transformers' own forward, in what comes out and in the states that are left."""
+    model = zoo.model("qwen3_5_text", dtype)
+    layer = model.get_submodule("model.layers.0.linear_attn")
+    caches = []
+    for _ in range(2):
+        caches.append(DynamicCache(config=model.config))
+        model(prompts(zoo.device, 2)["input_ids"], past_key_values=caches[-1])
+    name = "cache" if "cache" in inspect.signature(type(layer).forward).parameters else "cache_params"
+    own = type(layer).forward
+    fast = decode_forward(own, recurrence)
+    generator = torch.Generator(zoo.device).manual_seed(4)
+    for _ in range(3):
+        hidden = torch.randn(2, 1, 128, generator=generator, device=zoo.device).to(dtype)
+        wanted, found = own(layer, hidden, **{name: caches[0]}), fast(layer, hidden, **{name: caches[1]})
+        assert found.dtype == wanted.dtype
+        torch.testing.assert_close(found, wanted)
+        ours, theirs = caches[1].layers[0], caches[0].layers[0]
+        assert torch.equal(ours.conv_states[0], theirs.conv_states[0])
+        torch.testing.assert_close(ours.recurrent_states[0], theirs.recurrent_states[0])
+    several = torch.randn(2, 3, 128, generator=generator, device=zoo.device).to(dtype)
+    empty = DynamicCache(config=model.config)
+    assert torch.equal(fast(layer, several, **{name: empty}), own(layer, several))
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_text", "qwen2_tied_odd"])
