@@ -2,6 +2,8 @@
 
 import inspect
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -66,8 +68,9 @@ class Decoder:
         if self._built_for != self._fingerprint():
             self._prepare()
         self._rows, self._length = rows, length
-        for window in self._windows(length + 1, length + new_tokens):
-            self._step(rows, window)  # capturing overwrites the state, so that it is done before
+        with self._explained():
+            for window in self._windows(length + 1, length + new_tokens):
+                self._step(rows, window)  # capturing overwrites the state, so that it is done before
         self._state.load(cache, rows, model_kwargs.get("attention_mask"), model_kwargs["position_ids"])
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -90,12 +93,19 @@ class Decoder:
     def _prepare(self) -> None:
         self._steps: dict[tuple[int, int], Step] = {}
         self._built_for: tuple[Any, ...] | None = None
-        try:
+        with self._explained():
             self._state = DecodeState(self.model, self.cache_name, self.batch_size, self.max_length)
             self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
             for rows in sorted({1, self.batch_size}):
                 for window in self._windows(1, self.max_length):
                     self._step(rows, window)
+        self._built_for = self._fingerprint()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Errors of a capture as the project's own, with what to do."""
+        try:
+            yield
         except torch.OutOfMemoryError as error:
             raise PolarError(
                 f"no memory for the cache of {self.batch_size} sequences of {self.max_length} tokens and the graphs "
@@ -104,7 +114,6 @@ class Decoder:
         except BackendCompilerFailed as error:
             reason = str(error).strip().splitlines()[0]
             raise PolarError(f"torch.compile failed ({reason}); accelerate(compile=False) does without") from error
-        self._built_for = self._fingerprint()
 
     @property
     def _on_gpu(self) -> bool:

@@ -9,20 +9,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 BACKEND = "inductor"
-_CLASSES = ("RMSNorm", "RMSNormGated", "MLP")
-# Function of a modelling file -> the package whose kernel takes its place where it is installed.
-_FUNCTIONS = {
-    "apply_rotary_pos_emb": None,
-    "torch_recurrent_gated_delta_rule": "fla",
-    "causal_conv1d_update": "causal_conv1d",
-}
+_CLASSES = ("RMSNorm", "MLP")
+_FUNCTIONS = ("apply_rotary_pos_emb",)
 _SHAPES = 64  # of a region at the most: batch sizes times widths
 _swapping = threading.Lock()
 
@@ -45,14 +39,10 @@ def regions(model: PreTrainedModel) -> list[tuple[Any, str]]:
     """Where the regions are: (class, "forward") and (module, function)."""
     decoder = model.get_decoder()
     file = sys.modules[type(decoder).__module__]
-    classes = {type(module) for module in decoder.modules() if type(module).__module__ == file.__name__}
-    found: list[tuple[Any, str]] = [
-        (kind, "forward") for kind in classes if kind.__name__.endswith(_CLASSES) and "Vision" not in kind.__name__
-    ]
-    for name, package in _FUNCTIONS.items():
-        if hasattr(file, name) and (package is None or find_spec(package) is None):
-            found.append((file, name))
-    return sorted(found, key=lambda region: (region[1], getattr(region[0], "__name__", "")))
+    own = {type(module) for module in decoder.modules() if type(module).__module__ == file.__name__}
+    classes = [(kind, "forward") for kind in own if kind.__name__.endswith(_CLASSES)]
+    functions = [(file, name) for name in _FUNCTIONS if hasattr(file, name)]
+    return sorted([*classes, *functions], key=lambda region: (region[1], region[0].__name__))
 
 
 @cache

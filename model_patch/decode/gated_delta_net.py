@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,12 +18,12 @@ _swapping = threading.Lock()
 @contextmanager
 def delta_steps(model: PreTrainedModel) -> Iterator[None]:
     """The GatedDeltaNet layers of `model`'s architecture, in the whole process, take one token at a time meanwhile."""
-    kinds = {type(layer) for layer in delta_layers(model) if fits(layer)}
+    kinds = {type(layer) for layer in delta_layers(model)}
     with _swapping:
         plain = {kind: kind.forward for kind in kinds}
         try:
-            for kind in kinds:
-                kind.forward = step_forward
+            for kind, forward in plain.items():
+                kind.forward = step_forward(forward)
             yield
         finally:
             for kind, forward in plain.items():
@@ -48,24 +48,32 @@ def fits(layer: Any) -> bool:
     return layer.activation == "silu" and layer.conv1d.bias is None and plain_gates and own_norm and one_dtype
 
 
-def step_forward(layer: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """`forward` of a layer whose cache holds a past: hidden_states [rows, 1, width] -> the same shape."""
-    # Later versions of transformers renamed `cache_params`.
-    cache: Any = kwargs.get("cache", kwargs.get("cache_params"))
-    state = cache.layers[layer.layer_idx]
-    hidden = hidden_states[:, 0].contiguous()
-    out = delta_step(
-        hidden,
-        layer.in_proj_qkv(hidden),
-        layer.in_proj_z(hidden),
-        state.conv_states[0],
-        state.recurrent_states[0],
-        layer.conv1d.weight[:, 0],
-        layer.in_proj_a.weight,
-        layer.in_proj_b.weight,
-        layer.A_log,
-        layer.dt_bias,
-        layer.norm.weight,
-        layer.norm.variance_epsilon,
-    )
-    return layer.out_proj(out[:, None])
+def step_forward(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A forward for one token over a cache, hidden_states [rows, 1, width] -> the same shape. Layers that do not fit,
+    and anything else, as another thread may bring meanwhile, go to `original`."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Later versions of transformers renamed `cache_params`.
+        cache: Any = kwargs.get("cache", kwargs.get("cache_params"))
+        one_token = hidden_states.shape[1] == 1 and cache is not None and cache.has_previous_state(self.layer_idx)
+        if not one_token or not fits(self):
+            return original(self, hidden_states, *args, **kwargs)
+        state = cache.layers[self.layer_idx]
+        hidden = hidden_states[:, 0].contiguous()
+        out = delta_step(
+            hidden,
+            self.in_proj_qkv(hidden),
+            self.in_proj_z(hidden),
+            state.conv_states[0],
+            state.recurrent_states[0],
+            self.conv1d.weight[:, 0],
+            self.in_proj_a.weight,
+            self.in_proj_b.weight,
+            self.A_log,
+            self.dt_bias,
+            self.norm.weight,
+            self.norm.variance_epsilon,
+        )
+        return self.out_proj(out[:, None])
+
+    return forward

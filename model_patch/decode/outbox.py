@@ -10,12 +10,13 @@ class Outbox:
         on_gpu = device.type == "cuda"
         self._host = torch.empty(rows + 1, dtype=torch.long, pin_memory=on_gpu)
         self._arrived = torch.cuda.Event() if on_gpu else None
+        self._device = device
 
     def post(self, tokens: torch.Tensor, unfinished: torch.Tensor) -> None:
         """tokens [rows], unfinished [rows]: 0 where a row is done."""
         self._host.copy_(torch.cat([tokens, unfinished.max()[None]]), non_blocking=True)
         if self._arrived is not None:
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(self._device))
 
     def read(self) -> tuple[torch.Tensor, bool]:
         """The tokens [rows], on the CPU, and whether a row goes on."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from transformers import DynamicCache, Qwen2Config
 from transformers.models.qwen2 import Qwen2ForCausalLM
 
@@ -155,3 +156,26 @@ def test_no_memory(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PolarError, match=r"3 sequences of 99 tokens .* lower batch_size or max_length"):
         accelerate(model, compile=False, max_length=99, batch_size=3)
     assert type(model) is own
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "lower batch_size or max_length"),
+        (BackendCompilerFailed(print, RuntimeError("no compiler"), None), r"torch.compile failed .*compile=False"),
+    ],
+)
+def test_a_step_that_cannot_be_captured(zoo: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str) -> None:
+    """Of a batch size that comes later; the model goes on with those that it has."""
+    model = zoo.model("qwen3")
+    accelerate(model, compile=False, max_length=24, batch_size=3)
+    ids = PROMPT.to(zoo.device)
+    expected = model.generate(ids[:1], **GREEDY)
+
+    def fails(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("model_patch.decode.decoder.Step", fails)
+    with pytest.raises(PolarError, match=told):
+        model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids[:1], **GREEDY), expected)
