@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from model_patch.decode import accelerate, decelerate
-from model_patch.groups import group_projections
 from model_patch.progress import Progress, no_progress
 
 PREFILL = (512, 2048, 8192)
@@ -44,16 +43,9 @@ Make = Callable[[], PreTrainedModel]
 
 
 def providers(config: PreTrainedConfig, bits: int, device: torch.device, dtype: torch.dtype) -> dict[str, Make]:
-    """Name -> what builds the model: ours, ours with grouped projections, and the plain one."""
-
-    def grouped() -> PreTrainedModel:
-        model = random_model(config, bits, device, dtype)
-        group_projections(model)
-        return model
-
+    """Name -> what builds the model: ours and the plain one."""
     return {
         f"polar {bits}-bit": lambda: random_model(config, bits, device, dtype),
-        f"polar {bits}-bit, grouped": grouped,
         str(dtype).removeprefix("torch."): lambda: random_model(config, None, device, dtype),
     }
 
@@ -68,15 +60,16 @@ def run(
     profile: bool = False,
     progress: Progress = no_progress,
 ) -> tuple[list[ModelMeasurement], list[KindOfWork]]:
-    """Each provider's model built, measured and freed, one after the other: prompts, decoding by `generate`, and
-    decoding by `generate` after `accelerate`; with profile, where the time of an accelerated step goes."""
+    """Each provider's model built, measured and freed, one by one: prompts and decoding by `generate`, as it is
+    and after `accelerate`, which groups projections too; with profile, where the time of an accelerated step goes."""
     results: list[ModelMeasurement] = []
     works: list[KindOfWork] = []
     decoding = [("decode", context, batch) for context in contexts for batch in batches]
     prompts = [("prefill", context, 1) for context in prefill]
-    total = len(makes) * (len(prompts) + 2 * len(decoding))
+    points = prompts + decoding
+    total = 2 * len(makes) * len(points)
 
-    def measure(model: PreTrainedModel, provider: str, points: list[tuple[str, int, int]], seconds: float) -> None:
+    def measure(model: PreTrainedModel, provider: str, seconds: float) -> None:
         for phase, context, batch in points:
             rates, peak = _rates(model, phase, context, batch)
             results.append(
@@ -100,12 +93,12 @@ def run(
         started = time.perf_counter()
         model = make()
         _finish(model.device)
-        measure(model, provider, prompts + decoding, time.perf_counter() - started)
+        measure(model, provider, time.perf_counter() - started)
         started = time.perf_counter()
         accelerate(model, max_length=max(contexts) + _STEPS, batch_size=max(batches))
         _finish(model.device)
         seconds = results[-1].load_seconds + time.perf_counter() - started
-        measure(model, f"{provider}, accelerated", decoding, seconds)
+        measure(model, f"{provider}, accelerated", seconds)
         if profile:
             works += [work for batch in (1, max(batches)) for work in profile_step(model, provider, batch)]
         decelerate(model)

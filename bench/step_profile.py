@@ -13,14 +13,9 @@ _REPLAYS = 3
 _KINDS = (
     ("rotation", re.compile(r"_quantize_kernel|_rotate")),
     ("matmuls", re.compile(r"matmul|wgmma_kernel|_dequantize|nvjet|gemm|gemv|cublas|splitK|cutlass")),
-    ("attention", re.compile(r"sdpa|fmha|flash|attention|softmax|index_copy|where_kernel")),
+    ("attention", re.compile(r"_attend_kernel|_join_kernel|sdpa|fmha|flash|attention|softmax|index_copy|where_kernel")),
     ("norms", re.compile(r"mean_mul_pow_rsqrt|MeanOps|pow_tensor|rms_norm")),
-    (
-        "GatedDeltaNet",
-        re.compile(
-            r"conv|delta|softplus|exp_|fused_cat_0|copy__slice|silu_slice|sum_transpose|sum_func|memcpy128|Memcpy DtoD"
-        ),
-    ),
+    ("GatedDeltaNet", re.compile(r"_prepare_kernel|_delta_kernel")),
 )
 
 

@@ -14,7 +14,7 @@ from model_patch.progress import progress_bar
 bench = typer.Typer(name="bench", invoke_without_command=True, no_args_is_help=False)
 OutFolder = Annotated[Path | None, typer.Option(help="Write the results into this folder.")]
 Document = Annotated[Path | None, typer.Option(help="Write the results in OUT as this Markdown file.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Fewer sizes, in a minute.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Fewer sizes, in a minute or two.")]
 
 
 @bench.callback()
@@ -72,7 +72,7 @@ def model(
     if profile and target.type != "cuda":
         raise ConfigError("--profile needs a CUDA GPU: a step on a CPU is no graph")
     shapes = {name: model_config(name) for name in config or ["qwen3.5-9b"]}
-    sizes = {"prefill": (512,), "contexts": (128,), "batches": (1,)} if quick else {}
+    sizes = {"prefill": (512, 2048), "contexts": (128,), "batches": (1, 16)} if quick else {}
     result = report.describe() | {"rows": [], "profile": []}
     for name, shape in shapes.items():
         with progress_bar(f"bench model {name}") as progress:
