@@ -89,7 +89,8 @@ def quantize(
     target = parse_target(target_bits, target_size, bits, method)
     left = [*(exclude or []), *([] if embeddings else ["embed_tokens"]), *([] if lm_head else ["lm_head"])]
     fixed = parse_bits_for(bits_for or [])
-    config = PolarQuantConfig((bits or _BITS) if target is None else target.start, fixed, left)
+    start = (_BITS if bits is None else bits) if target is None else target.start
+    config = PolarQuantConfig(start, fixed, left)
     if dry_run and target is None:
         folder, checkpoint = find_headers(model)
         _report(plan_checkpoint(folder, config, awq, checkpoint), None, as_json, method)
@@ -104,25 +105,16 @@ def quantize(
         options = {"windows": windows, "feedback": feedback, "target": target and asdict(target), "fixed": fixed}
         options |= {"config": plan.config.to_dict(), "max_shard_size": shard_bytes(max_shard_size)}
         work = open_work(out, overwrite, make_record(plan.source.where, read, picked, options))
-    if work is not None and (saved := work.load(plan.source.where)) is not None:
-        plan, found = saved
-    else:
-        plan, found = _calibrate(plan, fixed, target, text, picked, windows, feedback)
-        if work is not None:
-            work.save(plan, found)
+    saved = None if work is None else work.load(plan.source.where)
+    plan, found = saved or _calibrate(plan, fixed, target, text, picked, windows, feedback)
+    if work is not None and saved is None:
+        work.save(plan, found)
     if dry_run:
         _report(plan, None, as_json, method)
         return
-    write = (
-        write_absmax
-        if method is Method.absmax
-        else partial(
-            quantize_checkpoint,
-            awq_scales=found.awq_scales,
-            moments=found.moments,
-            kept=None if work is None else work.checkpoint,
-        )
-    )
+    kept = None if work is None else work.checkpoint
+    quantize_all = partial(quantize_checkpoint, awq_scales=found.awq_scales, moments=found.moments, kept=kept)
+    write = write_absmax if method is Method.absmax else quantize_all
     with progress_bar("quantize") as progress:
         warnings = write(
             plan, out, device=picked, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress

@@ -405,6 +405,7 @@ def test_quantize_overwrites_only_when_told_to(tiny: Path, tmp_path: Path) -> No
     [
         (["--bits", 9], "bits must be an integer from 2 to 8, found 9"),
         (["--bits", 1], "bits must be an integer from 2 to 8, found 1"),
+        (["--bits", 0], "bits must be an integer from 2 to 8, found 0"),
         (["--bits-for", "*q_proj=9"], "'*q_proj'"),
         (["--bits-for", "q_proj"], "'q_proj'"),
         (["--bits-for", "=4"], "'=4'"),
