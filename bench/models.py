@@ -57,6 +57,7 @@ def run(
     prefill: Sequence[int] = PREFILL,
     contexts: Sequence[int] = DECODE_CONTEXTS,
     batches: Sequence[int] = BATCHES,
+    runs: int = _RUNS,
     profile: bool = False,
     progress: Progress = no_progress,
 ) -> tuple[list[ModelMeasurement], list[KindOfWork]]:
@@ -71,7 +72,7 @@ def run(
 
     def measure(model: PreTrainedModel, provider: str, seconds: float) -> None:
         for phase, context, batch in points:
-            rates, peak = _rates(model, phase, context, batch)
+            rates, peak = _rates(model, phase, context, batch, runs)
             results.append(
                 ModelMeasurement(
                     name,
@@ -146,14 +147,14 @@ def read_bytes(model: PreTrainedModel) -> int:
 
 
 @torch.inference_mode()
-def _rates(model: PreTrainedModel, phase: str, context: int, batch: int) -> tuple[list[float], int | None]:
+def _rates(model: PreTrainedModel, phase: str, context: int, batch: int, runs: int) -> tuple[list[float], int | None]:
     """Tokens a second of each run after a first one that is not counted, and the most bytes allocated meanwhile."""
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     ids = torch.randint(0, model.config.vocab_size, (batch, context), device=model.device)
     measure = _prefill if phase == "prefill" else _decode
-    rates = [measure(model, ids) for _ in range(_RUNS + 1)][1:]
+    rates = [measure(model, ids) for _ in range(runs + 1)][1:]
     return rates, torch.cuda.max_memory_allocated(model.device) if on_gpu else None
 
 

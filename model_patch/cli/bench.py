@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -72,7 +72,9 @@ def model(
     if profile and target.type != "cuda":
         raise ConfigError("--profile needs a CUDA GPU: a step on a CPU is no graph")
     shapes = {name: model_config(name) for name in config or ["qwen3.5-9b"]}
-    sizes = {"prefill": (512, 2048), "contexts": (128,), "batches": (1, 16)} if quick else {}
+    sizes: dict[str, Any] = {}
+    if quick:
+        sizes = {"prefill": (512, 2048), "contexts": (128,), "batches": (1, 16), "runs": 2}
     result = report.describe() | {"rows": [], "profile": []}
     for name, shape in shapes.items():
         with progress_bar(f"bench model {name}") as progress:

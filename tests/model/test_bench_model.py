@@ -77,14 +77,13 @@ def test_a_tied_head_stays_tied(device: torch.device, bits: int | None) -> None:
 @pytest.fixture
 def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "_STEPS", 2)
-    monkeypatch.setattr(models, "_RUNS", 2)
 
 
 @pytest.mark.usefixtures("_few_tokens")
 def test_rows_of_a_run(device: torch.device) -> None:
     makes = models.providers(model_config(str(MODEL)), 5, device, torch.float32)
     told = []
-    sizes = {"prefill": (16, 32), "contexts": (8,), "batches": (1, 2)}
+    sizes = {"prefill": (16, 32), "contexts": (8,), "batches": (1, 2), "runs": 2}
     rows, works = models.run("tiny", makes, **sizes, progress=lambda done, total, what: told.append((done, total)))
     assert told == [(i + 1, 16) for i in range(16)]
     points = [("prefill", 16, 1), ("prefill", 32, 1), ("decode", 8, 1), ("decode", 8, 2)]
