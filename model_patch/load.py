@@ -1,5 +1,6 @@
 """Loading a checkpoint, quantised or plain, with nothing missing and nothing left over."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,13 @@ def load_model(
     Raises CheckpointError listing every tensor that is missing, left over, of a wrong dtype or shape or with NaN,
     infinite or non-positive scales; UnsupportedModelError for an unknown architecture. Never leaves random weights.
     """
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load_placed(find_checkpoint(source), {"": target}, dtype)
+
+
+def load_placed(folder: Path, device_map: Mapping[str, Any], dtype: torch.dtype | str) -> PreTrainedModel:
+    """`load_model` of a local folder with its modules where `device_map` says, as transformers takes it."""
     register()
-    folder = find_checkpoint(source)
     config = read_config(folder)
     model_type = check_model_type(config.get("model_type"))
     quantized = quantization_config(config) is not None
@@ -107,10 +113,8 @@ def load_model(
     structure = meta_model(folder)
     if not quantized:
         check_checkpoint(structure, checkpoint)
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     auto = AutoModelForImageTextToText if is_vision_language(model_type) else AutoModelForCausalLM
-    model = auto.from_pretrained(folder, dtype=dtype, device_map={"": target}, use_safetensors=True)
-    return model.eval()
+    return auto.from_pretrained(folder, dtype=dtype, device_map=dict(device_map), use_safetensors=True).eval()
 
 
 def meta_model(folder: Path) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from model_patch.cli.options import (
     print_table,
     warn,
 )
-from model_patch.cli.quantize_options import Method, check_options, parse_bits_for, parse_target
+from model_patch.cli.quantize_options import Method, check_options, parse_bits_for, parse_target, pick_streamed
 from model_patch.config import PolarQuantConfig
 from model_patch.demo import CALIBRATION_TEXT, CALIBRATION_WINDOWS
 from model_patch.load import find_checkpoint, find_headers
@@ -75,14 +75,21 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep what is done when interrupted, and go on from there.")
     ] = False,
+    layer_by_layer: Annotated[
+        bool | None,
+        typer.Option(
+            "--layer-by-layer/--whole",
+            help="Calibrate with one layer in memory at a time; the default where the model does not fit.",
+        ),
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantise MODEL into the folder OUT, one tensor and one output shard in memory at a time.
 
-    Calibration (--awq, --feedback) loads the model as a whole; --feedback also runs it backwards, and gains most with
-    --no-awq. A target also runs the model once for every input that layers share, to measure what quantising them
-    costs; layers that --bits-for names keep theirs. Patterns are layer names with the shell's wildcards.
+    Calibration (--awq, --feedback) runs the model; --feedback also runs it backwards, and gains most with --no-awq. A
+    target also runs the model once for every input that layers share, to measure what quantising them costs; layers
+    that --bits-for names keep theirs. Patterns are layer names with the shell's wildcards.
     """
     check_options(method, awq, feedback, resume, dry_run)
     awq = method is Method.polar if awq is None else awq
@@ -106,7 +113,8 @@ def quantize(
         options |= {"config": plan.config.to_dict(), "max_shard_size": shard_bytes(max_shard_size)}
         work = open_work(out, overwrite, make_record(plan.source.where, read, picked, options))
     saved = None if work is None else work.load(plan.source.where)
-    plan, found = saved or _calibrate(plan, fixed, target, text, picked, windows, feedback)
+    streamed = pick_streamed(layer_by_layer, plan.source.where, picked, target)
+    plan, found = saved or _calibrate(plan, fixed, target, text, picked, windows, feedback, streamed)
     if work is not None and saved is None:
         work.save(plan, found)
     if dry_run:
@@ -133,12 +141,13 @@ def _calibrate(
     device: torch.device,
     windows: int,
     feedback: bool,
+    streamed: bool,
 ) -> tuple[QuantizePlan, Calibrated]:
     """What the text says: the plan that meets the target, and scales and moments for its layers."""
     found = Calibrated()
     if plan.config.awq or feedback:
         with progress_bar("calibrate") as progress:
-            found = calibrate_plan(plan, text, device, windows, feedback=feedback, progress=progress)
+            found = calibrate_plan(plan, text, device, windows, feedback=feedback, streamed=streamed, progress=progress)
     if target is None:
         return plan, found
     with progress_bar("measure") as progress:

@@ -1,10 +1,14 @@
 """What `polar quantize` is asked for: checks of its options, and what their texts mean."""
 
 from enum import StrEnum
+from pathlib import Path
+
+import torch
 
 from model_patch.checkpoint.writer import parse_size
 from model_patch.errors import ConfigError
 from model_patch.quantize import Target
+from model_patch.quantize.streamed import fits
 
 
 class Method(StrEnum):
@@ -49,3 +53,12 @@ def parse_bits_for(options: list[str]) -> dict[str, int]:
             raise ConfigError(f"--bits-for takes PATTERN=BITS, found {option!r}")
         parsed[pattern] = int(bits)
     return parsed
+
+
+def pick_streamed(asked: bool | None, source: Path, device: torch.device, target: Target | None) -> bool:
+    """--layer-by-layer or --whole; by default what the model's size asks for. Measuring for a target takes it whole."""
+    if target is not None:
+        if asked:
+            raise ConfigError("a target is measured on the model as a whole: leave out --layer-by-layer")
+        return False
+    return not fits(source, device) if asked is None else asked

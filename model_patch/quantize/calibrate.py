@@ -26,8 +26,8 @@ class SiteStatistics:
 
 
 class _Collector:
-    def __init__(self, rows_per_window: int) -> None:
-        self.rows_per_window = rows_per_window
+    def __init__(self, rows_per_window: int, window: int) -> None:
+        self.rows_per_window, self.window = rows_per_window, window
         self.total: torch.Tensor | float = 0.0
         self.count = 0
         self.rows: list[torch.Tensor] = []
@@ -36,7 +36,7 @@ class _Collector:
         x = args[0].detach().flatten(0, -2).float()
         self.total = self.total + x.abs().sum(0)
         self.count += x.shape[0]
-        count = min(self.rows_per_window, x.shape[0])
+        count = min(self.rows_per_window * (x.shape[0] // self.window), x.shape[0])
         self.rows.append(x[torch.arange(count, device=x.device) * x.shape[0] // count].cpu())
 
     def result(self) -> SiteStatistics:
@@ -50,17 +50,20 @@ def calibrate(
     windows: torch.Tensor,
     sites: Mapping[str, Sequence[str]],
     progress: Progress = no_progress,
+    batch_size: int = 1,
 ) -> dict[str, SiteStatistics]:
     """Run token `windows` [W, T] through the unquantised model and collect each site's statistics.
 
-    sites: site -> names of the layers that read it; the first one is listened to.
+    sites: site -> names of the layers that read it; the first one is listened to. batch_size: windows at a time.
     """
-    collectors = {site: _Collector(max(1, SAMPLE_ROWS // len(windows))) for site in sites}
+    collectors = {site: _Collector(max(1, SAMPLE_ROWS // len(windows)), windows.shape[1]) for site in sites}
     first_layers = {model.get_submodule(names[0]): collectors[site] for site, names in sites.items()}
     with _listening(first_layers):
-        for index, window in enumerate(windows):
-            model(window[None].to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
-            progress(index + 1, len(windows), "calibrating")
+        done = 0
+        for batch in windows.split(batch_size):
+            model(batch.to(model.device), use_cache=False, logits_to_keep=1)
+            done += len(batch)
+            progress(done, len(windows), "calibrating")
     return {site: collector.result() for site, collector in collectors.items()}
 
 

@@ -1,6 +1,8 @@
 """What a plan needs of a calibration text: AWQ scales, and moments for error feedback, from one load of the model."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from model_patch.quantize.awq import search_awq_scales
 from model_patch.quantize.calibrate import calibrate
 from model_patch.quantize.checkpoint import QuantizePlan
 from model_patch.quantize.moments import collect_moments
+from model_patch.quantize.streamed import batch_size, forgetting_activations, load_streamed
 
 WINDOW = 512  # tokens
 
@@ -34,24 +37,30 @@ def calibrate_plan(
     windows: int,
     *,
     feedback: bool = False,
+    streamed: bool = False,
     progress: Progress = no_progress,
 ) -> Calibrated:
     """Calibrate on the first `windows` windows of 512 tokens of a text file.
 
-    Loads the source model as a whole. Raises CheckpointError for a text shorter than one window, or with tokens that
+    streamed: read the model layer by layer, each time it is run, in place of loading it as a whole; what comes out is
+    the same but for the order of sums. Raises CheckpointError for a text shorter than one window, or with tokens that
     the model does not know.
     """
     batch = calibration_batch(plan.source.where, text, windows)
-    model = load_for_calibration(plan.source.where, device)
+    model = load_for_calibration(plan.source.where, device, streamed)
     check_vocabulary(batch, model)
+    at_a_time = batch_size(model, WINDOW) if streamed else 1
     sites = plan.layers.sites()
     awq_steps = len(batch) + len(sites) if plan.config.awq else 0
     total = awq_steps + (len(batch) if feedback else 0)
     result = Calibrated()
     if plan.config.awq:
-        result.awq_scales.update(_scales(plan, model, batch, lambda done, _, what: progress(done, total, what)))
+        told = partial(_tell, progress, 0, total)
+        result.awq_scales.update(_scales(plan, model, batch, told, at_a_time))
     if feedback:
-        found = collect_moments(model, batch, sites, lambda done, _, what: progress(awq_steps + done, total, what))
+        told = partial(_tell, progress, awq_steps, total)
+        with forgetting_activations(model) if streamed else nullcontext():
+            found = collect_moments(model, batch, sites, told, at_a_time)
         result.moments.update({name: found[site] for site, names in sites.items() for name in names})
     return result
 
@@ -65,22 +74,27 @@ def calibration_batch(source: Path, text: Path, windows: int) -> torch.Tensor:
     return batch
 
 
-def load_for_calibration(source: Path, device: torch.device | str) -> PreTrainedModel:
-    """The model as a whole, in its own dtype on a GPU and in fp32 on a CPU."""
+def load_for_calibration(source: Path, device: torch.device | str, streamed: bool = False) -> PreTrainedModel:
+    """The model, in its own dtype on a GPU and in fp32 on a CPU; as a whole, or its layers when they are run."""
     device = torch.device(device)
-    return load_model(source, device=device, dtype=torch.float32 if device.type == "cpu" else "auto")
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    return load_streamed(source, device, dtype) if streamed else load_model(source, device=device, dtype=dtype)
+
+
+def _tell(progress: Progress, before: int, total: int, done: int, of: int, what: str) -> None:
+    progress(before + done, total, what)
 
 
 def _scales(
-    plan: QuantizePlan, model: PreTrainedModel, batch: torch.Tensor, progress: Progress
+    plan: QuantizePlan, model: PreTrainedModel, batch: torch.Tensor, progress: Progress, at_a_time: int
 ) -> dict[str, torch.Tensor]:
     """AWQ scales of each layer; progress counts the windows, then the sites."""
     sites = plan.layers.sites()
     total = len(batch) + len(sites)
-    statistics = calibrate(model, batch, sites, progress)
+    statistics = calibrate(model, batch, sites, progress, at_a_time)
     scales: dict[str, torch.Tensor] = {}
     for index, (site, names) in enumerate(sites.items()):
-        weights = [model.get_submodule(name).weight for name in names]
+        weights = [plan.source.read(f"{plan.names[name]}.weight", model.device) for name in names]
         found, _ = search_awq_scales(statistics[site], weights, [plan.layers.bits[name] for name in names])
         scales |= dict.fromkeys(names, found)
         progress(len(batch) + index + 1, total, site)

@@ -19,7 +19,7 @@ _SEED = 0  # of the tokens that are drawn
 
 
 class _Site:
-    """What the layers of a site do in one window, and the sum over windows."""
+    """What the layers of a site do in some windows, and the sum over all."""
 
     def __init__(self) -> None:
         self.x: torch.Tensor | None = None
@@ -35,11 +35,11 @@ class _Site:
 
         out.register_hook(add)
 
-    def finish_window(self) -> None:
+    def finish_windows(self, window: int) -> None:
         if self.x is not None and isinstance(self.weights, torch.Tensor):
-            cut = self.weights.clamp_max(torch.quantile(self.weights, _QUANTILE))
-            x = self.x.float()
-            self.total = self.total + ((x * cut[:, None]).T @ x).double().cpu()
+            for x, weights in zip(self.x.float().split(window), self.weights.split(window), strict=True):
+                cut = weights.clamp_max(torch.quantile(weights, _QUANTILE))
+                self.total = self.total + ((x * cut[:, None]).T @ x).double().cpu()
         self.x, self.weights = None, 0.0
 
 
@@ -49,22 +49,25 @@ def collect_moments(
     windows: torch.Tensor,
     sites: Mapping[str, Sequence[str]],
     progress: Progress = no_progress,
+    batch_size: int = 1,
 ) -> dict[str, torch.Tensor]:
     """Site -> fp32 [K, K], up to a factor, from token `windows` [W, T] run forth and back through the whole model.
 
-    sites: site -> names of the layers that read it.
+    sites: site -> names of the layers that read it. batch_size: windows at a time.
     """
     found = {site: _Site() for site in sites}
     device = model.device
     draw = torch.Generator(device).manual_seed(_SEED)
     with _watching(model, {site: [model.get_submodule(n) for n in names] for site, names in sites.items()}, found):
-        for index, window in enumerate(windows):
-            logits = model(window[None].to(device), use_cache=False).logits[0].float()
+        done = 0
+        for batch in windows.split(batch_size):
+            logits = model(batch.to(device), use_cache=False).logits.flatten(0, 1).float()
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)[:, 0]
             torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
             for site in found.values():
-                site.finish_window()
-            progress(index + 1, len(windows), "moments")
+                site.finish_windows(windows.shape[1])
+            done += len(batch)
+            progress(done, len(windows), "moments")
     return {name: torch.as_tensor(site.total).float() for name, site in found.items()}
 
 
