@@ -11,8 +11,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from model_patch.decode.attention_step import attention_step
-
 NAME = "polar_decode"
 
 
@@ -33,6 +31,8 @@ def decode_attention(
     """
     rows, heads, length, dim = query.shape
     if length == 1 and query.is_cuda and attention_mask is not None:
+        from model_patch.decode.attention_step import attention_step  # needs Triton, which CPUs go without
+
         scale = dim**-0.5 if scaling is None else scaling
         return attention_step(query[:, :, 0], key, value, attention_mask[:, 0, 0], scale)[:, None], None
     if length != 1:

@@ -1,7 +1,6 @@
 """GatedDeltaNet layers that take a token by `delta_step`, in place of some twenty small kernels."""
 
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,24 +9,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from model_patch.decode.delta_step import delta_step
-
-_swapping = threading.Lock()
-
 
 @contextmanager
 def delta_steps(model: PreTrainedModel) -> Iterator[None]:
-    """The GatedDeltaNet layers of `model`'s architecture, in the whole process, take one token at a time meanwhile."""
-    kinds = {type(layer) for layer in delta_layers(model)}
-    with _swapping:
-        plain = {kind: kind.forward for kind in kinds}
-        try:
-            for kind, forward in plain.items():
-                kind.forward = step_forward(forward)
-            yield
-        finally:
-            for kind, forward in plain.items():
-                kind.forward = forward
+    """The GatedDeltaNet layers of `model` that fit take one token at a time meanwhile; no other model's do."""
+    layers = [layer for layer in delta_layers(model) if fits(layer)]
+    own = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = step_forward(layer, layer.forward)
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.forward = forward
 
 
 def delta_layers(model: PreTrainedModel) -> list[Any]:
@@ -48,32 +45,34 @@ def fits(layer: Any) -> bool:
     return layer.activation == "silu" and layer.conv1d.bias is None and plain_gates and own_norm and one_dtype
 
 
-def step_forward(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A forward for one token over a cache, hidden_states [rows, 1, width] -> the same shape. Layers that do not fit,
-    and anything else, as another thread may bring meanwhile, go to `original`."""
+def step_forward(layer: Any, original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A forward of `layer` for one token over a cache, hidden_states [rows, 1, width] -> the same shape. Anything else,
+    as another thread may bring meanwhile, goes to `original`."""
+    from model_patch.decode.delta_step import delta_step  # needs Triton, which CPUs go without
 
-    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Later versions of transformers renamed `cache_params`.
         cache: Any = kwargs.get("cache", kwargs.get("cache_params"))
-        one_token = hidden_states.shape[1] == 1 and cache is not None and cache.has_previous_state(self.layer_idx)
-        if not one_token or not fits(self):
-            return original(self, hidden_states, *args, **kwargs)
-        state = cache.layers[self.layer_idx]
+        if hidden_states.shape[1] != 1 or cache is None or not cache.has_previous_state(layer.layer_idx):
+            return original(hidden_states, *args, **kwargs)
+        state = cache.layers[layer.layer_idx]
+        if getattr(state, "record_past", False):  # assisted decoding keeps what it may have to take back
+            return original(hidden_states, *args, **kwargs)
         hidden = hidden_states[:, 0].contiguous()
         out = delta_step(
             hidden,
-            self.in_proj_qkv(hidden),
-            self.in_proj_z(hidden),
+            layer.in_proj_qkv(hidden),
+            layer.in_proj_z(hidden),
             state.conv_states[0],
             state.recurrent_states[0],
-            self.conv1d.weight[:, 0],
-            self.in_proj_a.weight,
-            self.in_proj_b.weight,
-            self.A_log,
-            self.dt_bias,
-            self.norm.weight,
-            self.norm.variance_epsilon,
+            layer.conv1d.weight[:, 0],
+            layer.in_proj_a.weight,
+            layer.in_proj_b.weight,
+            layer.A_log,
+            layer.dt_bias,
+            layer.norm.weight,
+            layer.norm.variance_epsilon,
         )
-        return self.out_proj(out[:, None])
+        return layer.out_proj(out[:, None])
 
     return forward

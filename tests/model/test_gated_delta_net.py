@@ -137,21 +137,30 @@ def test_a_nan_stays_in_its_row(device: torch.device) -> None:
 
 def test_forward_is_put_back(device: torch.device) -> None:
     model = make(SHAPES[0], device, torch.float32)
-    kind = type(delta_layers(model)[0])
-    plain = kind.forward
+    layer = delta_layers(model)[0]
 
     def fail() -> None:
         with delta_steps(model):
-            assert kind.forward is not plain
+            assert "forward" in layer.__dict__
             raise RuntimeError("inside")
 
     with pytest.raises(RuntimeError, match="inside"):
         fail()
-    assert kind.forward is plain
+    assert "forward" not in layer.__dict__
+    layer.forward = own = layer.forward
+    with delta_steps(model):
+        assert layer.forward is not own
+    assert layer.forward is own
+
+
+def test_other_models_keep_their_forward(device: torch.device) -> None:
+    one, other = (make(SHAPES[0], device, torch.float32) for _ in range(2))
+    with delta_steps(one):
+        assert "forward" not in delta_layers(other)[0].__dict__
 
 
 @pytest.mark.parametrize("change", ["activation", "conv bias", "gate bias", "gate kind", "norm kind", "norm dtype"])
-def test_other_layers_keep_their_forward(device: torch.device, change: str) -> None:
+def test_layers_that_do_not_fit_keep_their_forward(device: torch.device, change: str) -> None:
     model = make(SHAPES[0], device, torch.float32)
     layer: Any = delta_layers(model)[0]
     assert fits(layer)
@@ -168,25 +177,23 @@ def test_other_layers_keep_their_forward(device: torch.device, change: str) -> N
     else:
         layer.norm.half()
     assert not fits(layer)
-    layer.to(device)
-    x = torch.randn(2, 6, layer.hidden_size, device=device)
-    if change == "norm kind":  # which transformers' own forward cannot call
-        return
+    with delta_steps(model):
+        assert "forward" not in layer.__dict__
+
+
+@pytest.mark.parametrize("case", ["several tokens", "no cache", "past is recorded"])
+def test_what_is_no_step_goes_to_the_plain_forward(device: torch.device, case: str) -> None:
+    model = make(SHAPES[0], device, torch.float32)
+    layer = delta_layers(model)[0]
+    x = torch.randn(2, 8, layer.hidden_size, device=device)
     found = []
     for fast in (False, True):
         cache = DynamicCache(config=model.config)
+        options = {} if case == "no cache" else {cache_name(layer): cache}
         with torch.no_grad():
-            layer(hidden_states=x[:, :5], **{cache_name(layer): cache})
+            layer(hidden_states=x[:, :5], **options)
+            if case == "past is recorded":
+                cache.layers[0].record_past = True
             with delta_steps(model) if fast else nullcontext():
-                found.append(layer(hidden_states=x[:, 5:], **{cache_name(layer): cache}))
+                found.append(layer(hidden_states=x[:, 5:] if case == "several tokens" else x[:, 5:6], **options))
     assert torch.equal(*found)
-
-
-def test_several_tokens_keep_their_forward(device: torch.device) -> None:
-    model = make(SHAPES[0], device, torch.float32)
-    layer = delta_layers(model)[0]
-    x = torch.randn(2, 6, layer.hidden_size, device=device)
-    with torch.no_grad():
-        plain = layer(hidden_states=x)
-        with delta_steps(model):
-            assert torch.equal(layer(hidden_states=x), plain)
