@@ -1,5 +1,6 @@
 """transformers' OpenAI-compatible server over one checkpoint, loaded by `load_model` and accelerated."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from model_patch.errors import CheckpointError, ConfigError, UnsupportedModelErr
 from model_patch.load import find_checkpoint, load_tokenizer
 
 Load = Callable[[], PreTrainedModel]
+_LOG = logging.getLogger(__name__)
 
 
 def serve(source: str, load: Load, *, host: str, port: int, continuous_batching: bool = False) -> None:
@@ -79,6 +81,8 @@ def _answering(build: Callable[..., Any]) -> Callable[..., Any]:
     from fastapi.responses import JSONResponse
 
     async def bad_request(request: Request, error: Exception) -> JSONResponse:
+        # It may as well be a fault of ours, which the log then tells from the client's.
+        _LOG.warning("refused a request: %s", error, exc_info=error)
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         return JSONResponse({"error": {"message": what, "type": "invalid_request_error"}}, status_code=400)
 

@@ -30,7 +30,7 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
     max_length: Annotated[
-        int, typer.Option(min=2, help="Tokens of prompt and answer together that are decoded by graphs.")
+        int, typer.Option(min=2, help="Tokens of prompt and answer together that are decoded by graphs, if any are.")
     ] = 8192,
     continuous_batching: Annotated[
         bool, typer.Option("--continuous-batching", help="Decode requests together, by transformers; not Qwen3.5.")
@@ -43,6 +43,8 @@ def serve(
     """Serve the model in DIR at http://HOST:PORT/v1: chat completions, streamed or whole. Ctrl-C stops."""
     from model_patch.serve import serve as run
 
+    if continuous_batching and accelerated:
+        raise ConfigError("--continuous-batching decodes by transformers' own paged cache: leave out --accelerated")
     target = pick_device(device)
     as_dtype = pick_dtype(dtype, target)
     _check_free(host, port)
@@ -54,7 +56,7 @@ def serve(
         set_activation(model, "exact" if exact else "int8")
         if pick_accelerated(accelerated, target) and not continuous_batching:
             accelerate(model, max_length=max_length)
-        typer.echo(f"{folder} at http://{host}:{port}/v1, Ctrl-C stops", err=True)
+        typer.echo(f"{folder} at http://{f'[{host}]' if ':' in host else host}:{port}/v1, Ctrl-C stops", err=True)
         return model
 
     try:
@@ -66,7 +68,7 @@ def serve(
 def _check_free(host: str, port: int) -> None:
     """Raise ConfigError when nothing can listen there, before a model is loaded."""
     try:
-        with socket.create_server((host, port)):
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except OSError as error:
         raise ConfigError(f"--host {host} --port {port}: {error.strerror or error}") from error

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import TorchDynamoException
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -71,6 +71,9 @@ class Decoder:
         with self._explained():
             for window in self._windows(length + 1, length + new_tokens):
                 self._step(rows, window)  # capturing overwrites the state, so that it is done before
+        if self._on_gpu:
+            # A step that an earlier call has queued ahead may still run, on another thread's stream.
+            torch.cuda.synchronize(self.model.device)
         self._state.load(cache, rows, model_kwargs.get("attention_mask"), model_kwargs["position_ids"])
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -111,7 +114,7 @@ class Decoder:
                 f"no memory for the cache of {self.batch_size} sequences of {self.max_length} tokens and the graphs "
                 f"over it: lower batch_size or max_length ({str(error).splitlines()[0]})"
             ) from error
-        except BackendCompilerFailed as error:
+        except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             raise PolarError(f"torch.compile failed ({reason}); accelerate(compile=False) does without") from error
 

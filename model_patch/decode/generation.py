@@ -36,6 +36,8 @@ class AcceleratedGeneration(_Base):
         decoder = self._decoder
         new_tokens = generation_config.max_length - input_ids.shape[1]
         reason = decoder.refusal(len(input_ids), generation_config, model_kwargs, new_tokens)
+        if synced_gpus:
+            reason = "several GPUs generate in step"
         if reason is None and not decoder.busy.acquire(blocking=False):
             reason = "another call is decoding on this model"
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)

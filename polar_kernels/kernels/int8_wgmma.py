@@ -3,13 +3,12 @@
 A warpgroup takes 64 rows of the weight and 64, 128 or 256 of x, which travel through a ring in shared memory (`ring`).
 It decodes a block of K, multiplies, and turns the integer sums into floats, times the norm of the weight's row and the
 scale of x's row. Each of these waits for the one before; several warpgroups of a multiprocessor take turns.
-`FORMS` has the ways to cut a product into programs.
+`wgmma_forms` has the ways to cut a product into programs.
 
 Where the weight has too few rows to fill the GPU, programs split the blocks of K, and a second kernel adds up.
 """
 
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -29,27 +28,12 @@ from polar_kernels.kernels.ring import (
     wait_for_slot,
 )
 from polar_kernels.kernels.tile_access import load_half_tile, norm_of
+from polar_kernels.kernels.wgmma_forms import Form, choose_cut
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
 _SLOTS = tl.constexpr(5)
 _CHUNK = tl.constexpr(CHUNK_BYTES)
 _SUM_SIZE = 1024
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a program is cut. rows: of x; warps: each with 16 rows of the weight; registers: of a thread, at most;
-    resident: programs on a multiprocessor at a time; block_time: microseconds of a block of K, measured on an H100
-    with all of them at work, which is hardly more than with one."""
-
-    rows: int
-    warps: int
-    registers: int
-    resident: int
-    block_time: float
-
-
-FORMS = (Form(64, 8, 128, 2, 1.20), Form(128, 4, 168, 3, 1.48), Form(128, 8, 255, 1, 1.07), Form(256, 8, 255, 1, 1.88))
 
 
 def _start_code(rows: int) -> str:
@@ -301,28 +285,6 @@ def int8_wgmma_linear(
             launch_pdl=True,
         )
     return out
-
-
-@lru_cache(maxsize=4096)
-def choose_cut(rows: int, out_features: int, blocks: int, multiprocessors: int) -> tuple[Form, int]:
-    """The form, and how many programs share the blocks of K. Figures measured on an H100."""
-    if rows <= FORMS[0].rows:
-        # About three programs a multiprocessor: while one starts or ends, two are at work.
-        programs = triton.cdiv(out_features, 16 * FORMS[0].warps)
-        splits = 1
-        while programs * splits * 2 <= 3 * multiprocessors and splits * 4 <= blocks:
-            splits *= 2
-        return FORMS[0], splits
-    cuts = [(form, splits) for form in FORMS[1:] for splits in range(1, max(2, min(blocks // 2, 16) + 1))]
-    return min(cuts, key=lambda cut: _predict(cut[0], cut[1], rows, out_features, blocks, multiprocessors))
-
-
-def _predict(form: Form, splits: int, rows: int, out_features: int, blocks: int, multiprocessors: int) -> float:
-    """Microseconds of the product without the rotation: as many waves of programs as it takes, and the adding up."""
-    programs = triton.cdiv(rows, form.rows) * triton.cdiv(out_features, 16 * form.warps) * splits
-    waves = triton.cdiv(programs, form.resident * multiprocessors)
-    adding = 1.5 + splits * rows * out_features * 8 / 4e6 if splits > 1 else 0.0
-    return waves * triton.cdiv(blocks, splits) * form.block_time + adding
 
 
 @cache

@@ -38,8 +38,8 @@ def _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES: tl.cons
     total = sum_warp((q0 + q1 + q2 + q3).to(tl.float32))
     word = (q0 & 0xFF) | ((q1 & 0xFF) << 8) | ((q2 & 0xFF) << 16) | (q3 << 24)
     # sqrt(128) of the rotation and sqrt(128) of the levels; levels are (v + 1/2) * delta, so that half the block's sum
-    # is missing from the integer product; the product's accumulator starts at _ROUND. The base is rounded, by at most
-    # three quarters of a unit of the integer product: nothing beside the rounding of x.
+    # is missing from the integer product; the product's accumulator starts at _ROUND. The base is rounded, by little
+    # more than a unit of the integer product: nothing beside the rounding of x.
     scale = tl.where(peak * 0 == 0, peak / 127.0 / 128.0 * delta, float("nan"))
     return word, (0.5 * total - _ROUND) * scale, scale
 

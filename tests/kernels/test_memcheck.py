@@ -10,7 +10,8 @@ import pytest
 CALLS = """
 import torch
 from polar_kernels import PolarLinear
-from polar_kernels.kernels.int8_wgmma import FORMS, int8_wgmma_linear
+from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
+from polar_kernels.kernels.wgmma_forms import FORMS
 torch.manual_seed(0)
 for bits in (4, 5):
     layer = PolarLinear.from_linear(torch.nn.Linear(392, 70, device="cuda"), bits, awq_scales=torch.ones(392))

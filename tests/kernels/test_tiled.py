@@ -14,7 +14,8 @@ from polar_kernels import (
     reference,
 )
 from polar_kernels.kernels import tiled as kernels_tiled
-from polar_kernels.kernels.int8_wgmma import FORMS, Form, choose_cut, int8_wgmma_linear
+from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
+from polar_kernels.kernels.wgmma_forms import FORMS, Form, choose_cut
 from polar_kernels.tiles import level_table, tile_weight, untile_weight
 
 BITS = [2, 3, 4, 5]
@@ -111,12 +112,14 @@ def test_wgmma(device, poisoned, tiled, relative_error, shape: tuple[int, int], 
 @pytest.mark.parametrize("blocks", [1, 2, 9, 32, 96])
 @pytest.mark.parametrize("out_features", [1, 1024, 12288, 248320])
 def test_the_cut_fills_the_gpu(rows: int, blocks: int, out_features: int) -> None:
-    """With no program without a block, and no more than one part of a large output."""
+    """Where K has blocks to share; with no program without one, and no more than one part of a large output."""
     form, splits = choose_cut(rows, out_features, blocks, 132)
     assert form in FORMS
     assert (form.rows == 64) == (rows <= 64)
     assert 1 <= splits <= max(1, blocks // 2)
     assert out_features < 100_000 or splits == 1
+    programs = -(-rows // form.rows) * -(-out_features // (16 * form.warps)) * splits
+    assert programs >= 64 or blocks < 32 or out_features == 1
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -147,7 +147,7 @@ def test_requests_at_once(server: Server) -> None:
         ({"messages": "The kernel is"}, "string indices"),
         ({"max_tokens": -4}, "must be greater than 0"),
         ({"model": "another"}, "pinned to"),
-        ({"temperature": -1.0, "seed": "x"}, ""),
+        ({"temperature": -1.0, "seed": "x"}, "invalid literal"),
     ],
 )
 def test_malformed_requests(server: Server, change: dict[str, Any], named: str) -> None:
@@ -213,6 +213,26 @@ def test_a_port_that_is_taken(folder: Path) -> None:
     assert f"--port {port}" in str(error)
 
 
+def test_continuous_batching_goes_without_graphs(folder: Path) -> None:
+    error = refused(folder, "--continuous-batching", "--accelerated")
+    assert isinstance(error, ConfigError)
+    assert "leave out --accelerated" in str(error)
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
+def test_an_address_of_ipv6(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reaches the server; what cannot be listened on is still refused."""
+    reached = []
+    monkeypatch.setattr(serve_module, "serve", lambda *args, host, **kwargs: reached.append(host))
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    assert refused(folder, "--host", "::1", "--port", "8791") is None
+    assert reached == ["::1"]
+    assert isinstance(refused(folder, "--host", "2001:db8::1", "--port", "8791"), ConfigError)
+
+
 @needs_server
 def test_continuous_batching_is_left_to_transformers(
     zoo: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -231,7 +251,7 @@ def test_continuous_batching_is_left_to_transformers(
 
     monkeypatch.setattr("transformers.cli.serve.Serve", server)
     original = model_manager.ModelManager
-    assert refused(source, "--continuous-batching", "--accelerated") is None
+    assert refused(source, "--continuous-batching") is None
     assert model_manager.ModelManager is original
     (held,) = loaded[0].loaded_models.values()
     assert not hasattr(held.model, "_decoder")
