@@ -77,8 +77,9 @@ class PolarExperts(nn.Module):
     gate_up[e] gives gate and then up.
 
     hidden_states: [T, H] in fp16, bf16 or fp32; top_k_index: int [T, k]; top_k_weights: float [T, k]; result: [T, H] in
-    the dtype of hidden_states (under autocast, in autocast's). Not differentiable. A NaN stays in the row of its token.
-    An index outside 0..E-1 raises IndexError on a CPU; on a GPU, where that cannot be seen, its token's row is NaN.
+    the dtype of hidden_states (under autocast, in autocast's). A NaN stays in the row of its token. A gradient is
+    refused. An index outside 0..E-1 raises IndexError on a CPU; on a GPU, where that cannot be seen, its token's row is
+    NaN.
 
     Raises: ArgumentError for a wrong shape, dtype or device.
     """

@@ -37,6 +37,7 @@ from polar_kernels.checks import (
     check_tiled_linear,
 )
 from polar_kernels.codebook import bits_of
+from polar_kernels.errors import PolarError
 from polar_kernels.hadamard import padded_size
 from polar_kernels.tiles import untile_rows, untile_weight
 
@@ -296,3 +297,14 @@ def _tiled_backward(ctx, grad):
 
 
 torch.library.register_autograd("polar::tiled_linear", _tiled_backward, setup_context=_tiled_setup, lib=_library)
+
+
+def _experts_setup(ctx, inputs, output):
+    """Nothing to keep."""
+
+
+def _experts_backward(ctx, grad):
+    raise PolarError("there are no gradients through quantised experts: leave them unquantised, or detach their output")
+
+
+torch.library.register_autograd("polar::experts", _experts_backward, setup_context=_experts_setup, lib=_library)

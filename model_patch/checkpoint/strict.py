@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedModel
 
-from model_patch.architectures import canonical
+from model_patch.architectures import canonical, weight_name
 from model_patch.checkpoint.reader import Checkpoint, TensorInfo
 from model_patch.config import BIT_ORDER
 from model_patch.errors import CheckpointError
@@ -97,9 +97,10 @@ def _by_canonical_name(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
 
 def _describe_missing(name: str, found: Mapping[str, TensorInfo]) -> str:
     layer, _, part = name.rpartition(".")
-    if part in PARTS and canonical(f"{layer}.weight") in found:
+    if part in PARTS and canonical(weight_name(layer)) in found:
         return f"{name} is missing: the config says that {layer} is quantised, but the checkpoint has a plain weight"
-    if part == "weight" and canonical(f"{layer}.packed") in found:
+    layer = name.removesuffix(".weight")
+    if name == weight_name(layer) and canonical(f"{layer}.packed") in found:
         return f"{name} is missing: the config says that {layer} is not quantised, but the checkpoint has packed codes"
     return f"{name} is missing"
 
@@ -110,7 +111,8 @@ def _disagreement(name: str, tensor: torch.Tensor, info: TensorInfo) -> str | No
     if same_dtype and info.shape == tuple(tensor.shape):
         return None
     dtype = tensor.dtype if quantised else "a float dtype" if tensor.is_floating_point() else tensor.dtype
-    return f"{info.file.name}: {name} must be {dtype} {list(tensor.shape)}, found {info.dtype} {list(info.shape)}"
+    problem = f"{info.file.name}: {name} must be {dtype} {list(tensor.shape)}, found {info.dtype} {list(info.shape)}"
+    return f"{problem}, put together from the tensors of {len(info.pieces)} experts" if info.pieces else problem
 
 
 def _may_be_left(model: PreTrainedModel, name: str) -> bool:

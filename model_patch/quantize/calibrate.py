@@ -3,11 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from model_patch.architectures import Kind, kind_of
 from model_patch.progress import Progress, no_progress
 
 SAMPLE_ROWS = 1024  # activations kept per site for the search of the exponent
@@ -56,8 +59,7 @@ def calibrate(
     sites: site -> names of the layers that read it; the first one is listened to.
     """
     collectors = {site: _Collector(max(1, SAMPLE_ROWS // len(windows))) for site in sites}
-    first_layers = {model.get_submodule(names[0]): collectors[site] for site, names in sites.items()}
-    with _listening(first_layers):
+    with _listening(model, {names[0]: collectors[site] for site, names in sites.items()}):
         for index, window in enumerate(windows):
             model(window[None].to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
             progress(index + 1, len(windows), "calibrating")
@@ -65,10 +67,28 @@ def calibrate(
 
 
 @contextmanager
-def _listening(layers: Mapping[nn.Module, _Collector]) -> Iterator[None]:
-    handles = [layer.register_forward_pre_hook(collector) for layer, collector in layers.items()]
+def _listening(model: PreTrainedModel, layers: Mapping[str, _Collector]) -> Iterator[None]:
+    handles = []
+    for name, collector in layers.items():
+        if kind_of(name) is Kind.EXPERTS:
+            parent, _, leaf = name.rpartition(".")
+            hook = collector if leaf == "gate_up_proj" else partial(_collect_middle, collector)
+            handles.append(model.get_submodule(parent).register_forward_pre_hook(hook))
+        else:
+            handles.append(model.get_submodule(name).register_forward_pre_hook(collector))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _collect_middle(collector: _Collector, experts: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    """Give `collector` what down_proj reads, which no module of transformers' experts does: computed once more."""
+    x, index, _ = args
+    made = []
+    gate_up_proj = experts.get_parameter("gate_up_proj")
+    for expert in index.unique().tolist():
+        gate, up = F.linear(x[(index == expert).any(-1)], gate_up_proj[expert]).chunk(2, -1)
+        made.append(F.silu(gate) * up)
+    collector(experts, (torch.cat(made),))

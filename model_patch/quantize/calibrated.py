@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from model_patch.architectures import weight_name
 from model_patch.errors import CheckpointError
 from model_patch.evaluate import check_vocabulary, text_windows, tokenize_file
 from model_patch.load import load_model, load_tokenizer
@@ -13,7 +14,7 @@ from model_patch.progress import Progress, no_progress
 from model_patch.quantize.awq import search_awq_scales
 from model_patch.quantize.calibrate import calibrate
 from model_patch.quantize.checkpoint import QuantizePlan
-from model_patch.quantize.moments import collect_moments
+from model_patch.quantize.moments import collect_moments, refuse_experts
 
 WINDOW = 512  # tokens
 
@@ -39,8 +40,10 @@ def calibrate_plan(
     """Calibrate on the first `windows` windows of 512 tokens of a text file.
 
     Loads the source model as a whole. Raises CheckpointError for a text shorter than one window, or with tokens that
-    the model does not know.
+    the model does not know; UnsupportedModelError for feedback of experts.
     """
+    if feedback:
+        refuse_experts(plan.layers.sites())
     batch = calibration_batch(plan.source.where, text, windows)
     model = load_for_calibration(plan.source.where, device)
     check_vocabulary(batch, model)
@@ -80,7 +83,7 @@ def _scales(
     statistics = calibrate(model, batch, sites, progress)
     scales: dict[str, torch.Tensor] = {}
     for index, (site, names) in enumerate(sites.items()):
-        weights = [model.get_submodule(name).weight for name in names]
+        weights = [model.get_parameter(weight_name(name)).flatten(0, -2) for name in names]
         found, _ = search_awq_scales(statistics[site], weights, [plan.layers.bits[name] for name in names])
         scales |= dict.fromkeys(names, found)
         progress(len(batch) + index + 1, total, site)

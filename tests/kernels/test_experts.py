@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from polar_kernels import (
     ArgumentError,
+    PolarError,
     PolarExpertProjection,
     PolarExperts,
     QuantizationError,
@@ -166,6 +167,14 @@ def test_opcheck(build, awq: bool) -> None:
 def test_the_operator_equals_the_definition(build, relative_error, rounding, dtype: torch.dtype) -> None:
     given = build(dtype=dtype)
     assert relative_error(ops.experts(*given).cpu(), dense(given)) < 8 * rounding[dtype]
+
+
+def test_a_gradient_is_refused(build) -> None:
+    given = build()
+    given[0].requires_grad_()
+    out = ops.experts(*given)
+    with pytest.raises(PolarError, match="no gradients through quantised experts"):
+        out.sum().backward()
 
 
 def test_compiles_in_one_graph(build) -> None:
