@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from model_patch.architectures import Kind, kind_of
 from model_patch.progress import Progress, no_progress
 
 SAMPLE_ROWS = 1024  # activations kept per site for the search of the exponent
+EXPERT_ROWS = 32  # and for each expert; one that saw fewer tokens is judged by the site's
 
 
 @dataclass
@@ -21,11 +21,17 @@ class SiteStatistics:
     """Activations read by the layers of one input site.
 
     mean_abs: fp32 [K], mean magnitude per channel over all tokens. sample: fp32 [S, K], S <= SAMPLE_ROWS rows spread
-    evenly over the text.
+    evenly over the text. expert_samples: where experts read it, the first S <= EXPERT_ROWS that each saw, fp32 [S, K].
     """
 
     mean_abs: torch.Tensor
     sample: torch.Tensor
+    expert_samples: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def rare_experts(self) -> list[int]:
+        """Experts that saw fewer than EXPERT_ROWS tokens."""
+        return [expert for expert, sample in enumerate(self.expert_samples) if len(sample) < EXPERT_ROWS]
 
 
 class _Collector:
@@ -47,6 +53,34 @@ class _Collector:
         return SiteStatistics((self.total / self.count).cpu(), torch.cat(self.rows)[:SAMPLE_ROWS])
 
 
+class _ExpertCollector(_Collector):
+    """Listens to the module of all experts, for one of its projections."""
+
+    def __init__(self, rows_per_window: int, projection: str) -> None:
+        super().__init__(rows_per_window)
+        self.projection = projection
+        self.seen: list[torch.Tensor] = []
+
+    def __call__(self, experts: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x, index, _ = args
+        gate_up_proj = experts.get_parameter("gate_up_proj")
+        read = []
+        for expert, weight in enumerate(gate_up_proj):
+            rows = x[(index == expert).any(-1)].detach()
+            if self.projection == "down_proj":  # what it reads no module of transformers' has as its input
+                gate, up = F.linear(rows, weight).chunk(2, -1)
+                rows = F.silu(gate) * up
+            if len(self.seen) == expert:
+                self.seen.append(rows[:0].float().cpu())
+            room = EXPERT_ROWS - len(self.seen[expert])
+            self.seen[expert] = torch.cat([self.seen[expert], rows[:room].float().cpu()])
+            read.append(rows)
+        super().__call__(experts, (x if self.projection == "gate_up_proj" else torch.cat(read),))
+
+    def result(self) -> SiteStatistics:
+        return replace(super().result(), expert_samples=tuple(self.seen))
+
+
 @torch.no_grad()
 def calibrate(
     model: PreTrainedModel,
@@ -58,7 +92,7 @@ def calibrate(
 
     sites: site -> names of the layers that read it; the first one is listened to.
     """
-    collectors = {site: _Collector(max(1, SAMPLE_ROWS // len(windows))) for site in sites}
+    collectors = {site: _collector(names[0], max(1, SAMPLE_ROWS // len(windows))) for site, names in sites.items()}
     with _listening(model, {names[0]: collectors[site] for site, names in sites.items()}):
         for index, window in enumerate(windows):
             model(window[None].to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
@@ -66,29 +100,20 @@ def calibrate(
     return {site: collector.result() for site, collector in collectors.items()}
 
 
+def _collector(layer: str, rows_per_window: int) -> _Collector:
+    if kind_of(layer) is Kind.EXPERTS:
+        return _ExpertCollector(rows_per_window, layer.rpartition(".")[2])
+    return _Collector(rows_per_window)
+
+
 @contextmanager
 def _listening(model: PreTrainedModel, layers: Mapping[str, _Collector]) -> Iterator[None]:
     handles = []
     for name, collector in layers.items():
-        if kind_of(name) is Kind.EXPERTS:
-            parent, _, leaf = name.rpartition(".")
-            hook = collector if leaf == "gate_up_proj" else partial(_collect_middle, collector)
-            handles.append(model.get_submodule(parent).register_forward_pre_hook(hook))
-        else:
-            handles.append(model.get_submodule(name).register_forward_pre_hook(collector))
+        module = name.rpartition(".")[0] if isinstance(collector, _ExpertCollector) else name
+        handles.append(model.get_submodule(module).register_forward_pre_hook(collector))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _collect_middle(collector: _Collector, experts: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-    """Give `collector` what down_proj reads, which no module of transformers' experts does: computed once more."""
-    x, index, _ = args
-    made = []
-    gate_up_proj = experts.get_parameter("gate_up_proj")
-    for expert in index.unique().tolist():
-        gate, up = F.linear(x[(index == expert).any(-1)], gate_up_proj[expert]).chunk(2, -1)
-        made.append(F.silu(gate) * up)
-    collector(experts, (torch.cat(made),))

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from model_patch.architectures import weight_name
+from model_patch.architectures import Kind, kind_of, weight_name
 from model_patch.errors import CheckpointError
 from model_patch.evaluate import check_vocabulary, text_windows, tokenize_file
 from model_patch.load import load_model, load_tokenizer
 from model_patch.progress import Progress, no_progress
-from model_patch.quantize.awq import search_awq_scales
+from model_patch.quantize.awq import search_awq_scales, search_expert_scales
 from model_patch.quantize.calibrate import calibrate
 from model_patch.quantize.checkpoint import QuantizePlan
 from model_patch.quantize.moments import collect_moments, refuse_experts
@@ -21,11 +21,16 @@ WINDOW = 512  # tokens
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Both by the layer's name in the model, the layers of a site with the same tensor. awq_scales: fp16 [K]; empty
-    where the plan has none. moments: fp32 [K, K] of the inputs; empty where not asked for."""
+    """awq_scales, moments: by the layer's name in the model, the layers of a site with the same tensor. The scales are
+    fp16 [K], none where the plan has none; the moments fp32 [K, K] of the inputs, none where not asked for.
+
+    rare_experts: layers.N.mlp.experts -> those that saw too few tokens to be judged by their own; empty after a resumed
+    run.
+    """
 
     awq_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     moments: dict[str, torch.Tensor] = field(default_factory=dict)
+    rare_experts: dict[str, list[int]] = field(default_factory=dict)
 
 
 def calibrate_plan(
@@ -52,7 +57,7 @@ def calibrate_plan(
     total = awq_steps + (len(batch) if feedback else 0)
     result = Calibrated()
     if plan.config.awq:
-        result.awq_scales.update(_scales(plan, model, batch, lambda done, _, what: progress(done, total, what)))
+        _find_scales(result, plan, model, batch, lambda done, _, what: progress(done, total, what))
     if feedback:
         found = collect_moments(model, batch, sites, lambda done, _, what: progress(awq_steps + done, total, what))
         result.moments.update({name: found[site] for site, names in sites.items() for name in names})
@@ -74,17 +79,21 @@ def load_for_calibration(source: Path, device: torch.device | str) -> PreTrained
     return load_model(source, device=device, dtype=torch.float32 if device.type == "cpu" else "auto")
 
 
-def _scales(
-    plan: QuantizePlan, model: PreTrainedModel, batch: torch.Tensor, progress: Progress
-) -> dict[str, torch.Tensor]:
-    """AWQ scales of each layer; progress counts the windows, then the sites."""
+def _find_scales(
+    result: Calibrated, plan: QuantizePlan, model: PreTrainedModel, batch: torch.Tensor, progress: Progress
+) -> None:
+    """Fill in the AWQ scales of each layer; progress counts the windows, then the sites."""
     sites = plan.layers.sites()
     total = len(batch) + len(sites)
     statistics = calibrate(model, batch, sites, progress)
-    scales: dict[str, torch.Tensor] = {}
     for index, (site, names) in enumerate(sites.items()):
-        weights = [model.get_parameter(weight_name(name)).flatten(0, -2) for name in names]
-        found, _ = search_awq_scales(statistics[site], weights, [plan.layers.bits[name] for name in names])
-        scales |= dict.fromkeys(names, found)
+        weights = [model.get_parameter(weight_name(name)) for name in names]
+        bits = [plan.layers.bits[name] for name in names]
+        if kind_of(names[0]) is Kind.EXPERTS:
+            found, _ = search_expert_scales(statistics[site], weights[0], bits[0])
+            if rare := statistics[site].rare_experts:
+                result.rare_experts[site.rpartition(".")[0]] = rare
+        else:
+            found, _ = search_awq_scales(statistics[site], weights, bits)
+        result.awq_scales.update(dict.fromkeys(names, found))
         progress(len(batch) + index + 1, total, site)
-    return scales

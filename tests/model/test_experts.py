@@ -1,6 +1,7 @@
 """Mixtures of experts: both layouts of a source, what is wrong with one, exclusions, and the commands."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from model_patch.checkpoint.reader import Checkpoint
 from model_patch.cli.app import app
 from model_patch.demo import MODEL
 from model_patch.quantize import calibrate, plan_checkpoint, quantize_checkpoint
+from model_patch.quantize.awq import search_expert_scales
+from model_patch.quantize.calibrate import EXPERT_ROWS, SiteStatistics
 from model_patch.quantize.calibrated import calibrate_plan
 from model_patch.quantize.moments import collect_moments
-from polar_kernels import PolarExperts
+from polar_kernels import PolarExpertProjection, PolarExperts
 
 EXPERTS = "model.layers.1.mlp.experts"
 PREFIX = {"qwen3_moe": "model.layers", "qwen3_5_moe": "model.language_model.layers"}
@@ -208,15 +211,29 @@ def test_published_layouts_of_experts_are_refused(zoo: Any, tmp_path: Path) -> N
         convert_checkpoint(zoo.checkpoint("qwen3_moe"), tmp_path / "out")
 
 
+def test_experts_that_saw_too_few_tokens_are_listed(
+    zoo: Any, tiny_moe: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_checkpoint(tiny_moe, PolarQuantConfig(), awq=True)
+    assert calibrate_plan(plan, prose, zoo.device, 1).rare_experts == {}
+    monkeypatch.setattr(sys.modules[calibrate.__module__], "EXPERT_ROWS", 513)  # more than the tokens there are
+    layer = "layers.0.mlp.experts"
+    assert calibrate_plan(plan, prose, zoo.device, 1).rare_experts == {layer: [0, 1, 2, 3]}
+    options = ("--calibration", prose, "--windows", 1)
+    result = CliRunner().invoke(app, ["quantize", str(tiny_moe), str(tmp_path / "out"), *map(str, options)])
+    assert f"warning: {layer}: experts 0, 1, 2, 3 saw fewer than" in result.stderr
+
+
 class _Watched(nn.Module):
     """Experts computed one token at a time, which note what down_proj reads."""
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
-        self.experts, self.inputs, self.middle = experts, [], []
+        self.experts, self.inputs, self.middle, self.index = experts, [], [], []
 
     def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         self.inputs.append(x)
+        self.index.append(index)
         for row, chosen in zip(x, index.tolist(), strict=True):
             for expert in chosen:
                 gate, up = (self.experts.gate_up_proj[expert] @ row).chunk(2)
@@ -240,6 +257,36 @@ def test_statistics_of_experts(zoo: Any) -> None:
     torch.testing.assert_close(found["out"].mean_abs, middle.abs().mean(0))
     assert found["out"].sample.shape == middle.shape  # in another order
     torch.testing.assert_close(found["out"].sample.sum(0), middle.sum(0), rtol=1e-4, atol=1e-5)
+    index = torch.cat(watched.index).cpu()
+    for expert in range(4):
+        own, places = inputs[(index == expert).any(-1)], index.flatten() == expert
+        assert len(own) > 0
+        torch.testing.assert_close(found["in"].expert_samples[expert], own[:EXPERT_ROWS])
+        torch.testing.assert_close(found["out"].expert_samples[expert], middle[places][:EXPERT_ROWS])
+    assert found["in"].rare_experts == [e for e in range(4) if (index == e).sum() < EXPERT_ROWS] != []
+
+
+def relative_error_of(sample: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> float:
+    made = PolarExpertProjection.from_dense(weight[None], 3, awq_scales=scales).dequantize(torch.float32)[0]
+    return float(((made - weight) @ sample.T).square().sum() / (weight @ sample.T).square().sum())
+
+
+def test_scales_are_those_that_suit_the_tokens_of_each_expert() -> None:
+    """Experts that saw enough tokens are judged by their own, the last one by the site's."""
+    generator = torch.Generator().manual_seed(4)
+    loud = torch.ones(128).index_fill(0, torch.arange(6), 30.0)
+    site = torch.randn(64, 128, generator=generator) * loud
+    quiet = torch.randn(EXPERT_ROWS, 128, generator=generator)
+    weight = torch.randn(3, 16, 128, generator=generator)
+    chosen = {}
+    for name, samples in {"quiet": (quiet, quiet, quiet), "rare": (quiet, quiet[:-1], quiet[:-1])}.items():
+        statistics = SiteStatistics(site.abs().mean(0), site, samples)
+        judged = [site if expert in statistics.rare_experts else quiet for expert in range(3)]
+        scales, chosen[name] = search_expert_scales(statistics, weight, 3)
+        found = [sum(map(relative_error_of, judged, weight, [s] * 3)) for s in (scales, torch.ones(128).half())]
+        assert found[0] <= found[1] * (1 + 1e-5)
+    assert chosen["quiet"] < 0.1  # the loud channels are none of theirs
+    assert chosen["rare"] > 0.2
 
 
 @pytest.fixture(scope="module")
