@@ -56,29 +56,31 @@ def expected_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def value_problems(name: str, weight: PolarWeight, checkpoint: Checkpoint) -> list[str]:
     """What is wrong with the values of a layer's scales: NaN, infinite or negative ones, with their place.
 
-    name: of the layer in the model or in `checkpoint`, from which its values were read.
+    name: of the layer in the model or in `checkpoint`, from which its values were read; weight: of experts all rows.
     """
     problems = []
     norms_bad = ~(weight.norms.isfinite() & (weight.norms >= 0))
     if norms_bad.any():
         row, block = norms_bad.nonzero()[0].tolist()
         value = weight.norms[row, block].item()
-        norms = _located(checkpoint, f"{name}.norms")
-        problems.append(f"{norms} must be finite and not negative; found {value} at row {row}, block {block}")
+        info = _info(checkpoint, f"{name}.norms")
+        rows = info.shape[-2]
+        place = f"expert {row // rows}, row {row % rows}" if len(info.shape) == 3 else f"row {row}"
+        norms = f"{info.file.name}: {name}.norms"
+        problems.append(f"{norms} must be finite and not negative; found {value} at {place}, block {block}")
     if weight.awq_scales is not None:
         scales_bad = ~(weight.awq_scales.isfinite() & (weight.awq_scales > 0))
         if scales_bad.any():
             index = int(scales_bad.nonzero()[0])
             value = weight.awq_scales[index].item()
-            scales = _located(checkpoint, f"{name}.awq_scales")
+            scales = f"{_info(checkpoint, f'{name}.awq_scales').file.name}: {name}.awq_scales"
             problems.append(f"{scales} must be finite and positive; found {value} at [{index}]")
     return problems
 
 
-def _located(checkpoint: Checkpoint, name: str) -> str:
-    """The name of a tensor after that of its shard."""
-    files = (info.file.name for key, info in checkpoint.tensors.items() if canonical(key) == canonical(name))
-    return f"{next(files)}: {name}"
+def _info(checkpoint: Checkpoint, name: str) -> TensorInfo:
+    """What the checkpoint says of a tensor that the model names so."""
+    return next(info for key, info in checkpoint.tensors.items() if canonical(key) == canonical(name))
 
 
 def _by_canonical_name(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:

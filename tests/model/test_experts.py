@@ -23,6 +23,7 @@ from model_patch.quantize.awq import search_expert_scales
 from model_patch.quantize.calibrate import EXPERT_ROWS, SiteStatistics
 from model_patch.quantize.calibrated import calibrate_plan
 from model_patch.quantize.moments import collect_moments
+from model_patch.verify import verify_checkpoint
 from polar_kernels import PolarExpertProjection, PolarExperts
 
 EXPERTS = "model.layers.1.mlp.experts"
@@ -154,6 +155,16 @@ def test_a_quantised_checkpoint_without_an_expert(zoo: Any, tmp_path: Path) -> N
             load(folder)
         assert f"{EXPERTS}.gate_up_proj.norms is missing" in str(caught.value)
         assert f"model.safetensors: {EXPERTS}.down_proj.packed must be torch.uint8 [4, 128, 80]" in str(caught.value)
+
+
+def test_a_bad_norm_names_the_expert(zoo: Any, tmp_path: Path) -> None:
+    content = zoo.read(zoo.quantized("qwen3_moe"))
+    content.tensors[f"{EXPERTS}.down_proj.norms"][2, 5, 0] = torch.nan
+    folder = content.write(tmp_path / "bad")
+    found = rf"model\.safetensors: {EXPERTS}\.down_proj\.norms must be .*; found nan at expert 2, row 5, block 0"
+    for check in (load_model, verify_checkpoint):
+        with pytest.raises(CheckpointError, match=found):
+            check(folder)
 
 
 def test_a_weight_that_cannot_be_quantised_names_the_expert(zoo: Any, tmp_path: Path) -> None:
