@@ -83,7 +83,7 @@ def run(
                     statistics.mean(rates),
                     statistics.stdev(rates),
                     weight_bytes(model),
-                    read_bytes(model),
+                    read_bytes(model, batch),
                     peak,
                     seconds,
                 )
@@ -139,11 +139,17 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(storages.values())
 
 
-def read_bytes(model: PreTrainedModel) -> int:
-    """Weight bytes without the embedding, of which a step reads a row a token, unless it is the head too."""
-    if model.config.tie_word_embeddings:
-        return weight_bytes(model)
-    return weight_bytes(model) - weight_bytes(model.get_input_embeddings())
+def read_bytes(model: PreTrainedModel, batch: int = 1) -> int:
+    """Weight bytes without what a step of `batch` tokens does not read: the embedding, of which it reads a row a token,
+    unless it is the head too; and experts, of which tokens that choose evenly leave out this share."""
+    read = weight_bytes(model)
+    if not model.config.tie_word_embeddings:
+        read -= weight_bytes(model.get_input_embeddings())
+    for name, module in model.named_modules():
+        if name.endswith(".mlp.experts"):
+            left_out = (1 - model.config.num_experts_per_tok / model.config.num_experts) ** batch
+            read -= round(left_out * weight_bytes(module))
+    return read
 
 
 @torch.inference_mode()

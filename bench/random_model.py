@@ -4,7 +4,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen3_5TextConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+)
 
 from model_patch.architectures import check_model_type
 from model_patch.config import PolarQuantConfig
@@ -12,7 +19,7 @@ from model_patch.errors import ConfigError
 from model_patch.patch import plan_model, swap_to_empty
 from polar_kernels import PolarModule
 
-# Name -> where its text config differs from transformers' default, which is Qwen3.5-9B.
+# Name -> where its text config differs from its class's default, which is Qwen3.5-9B or, of experts, Qwen3.5-35B-A3B.
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3.5-4b": {"hidden_size": 2560, "intermediate_size": 9216, "tie_word_embeddings": True},
     "qwen3.5-9b": {},
@@ -23,13 +30,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 24,
         "linear_num_value_heads": 48,
     },
+    "qwen3.5-35b-a3b": {},
 }
+_CLASSES = {"qwen3.5-35b-a3b": Qwen3_5MoeTextConfig}
 
 
 def model_config(name: str) -> PreTrainedConfig:
     """The config known by this name, or that of a checkpoint folder or Hub name. Raises ConfigError for neither."""
     if name in CONFIGS:
-        return Qwen3_5TextConfig(**CONFIGS[name])
+        return _CLASSES.get(name, Qwen3_5TextConfig)(**CONFIGS[name])
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -55,7 +64,9 @@ def random_model(
             _fill(module)
         elif any(tensor.is_meta for tensor in _own_tensors(module)):
             module.to_empty(device=device, recurse=False)
-            model._init_weights(module)
+    for module in model.modules():
+        if not isinstance(module, PolarModule):
+            model._init_weights(module)  # of a module without tensors too: a block may initialise its router's
     model.tie_weights()  # a plain head that shares the embedding was made apart from it
     return model.eval()
 

@@ -17,17 +17,24 @@ SUPPORTED = {
     "qwen2_5_vl": "Qwen2.5-VL",
     "qwen3": "Qwen3",
     "qwen3_vl": "Qwen3-VL",
+    "qwen3_moe": "Qwen3-MoE",
     "qwen3_5_text": "Qwen3.5, text only",
     "qwen3_5": "Qwen3.5",
+    "qwen3_5_moe_text": "Qwen3.5-MoE, text only",
+    "qwen3_5_moe": "Qwen3.5-MoE",
 }
+
+_EXPERTS = "mlp.experts"
 
 # Block -> projection -> the activation it reads. Projections of one site share their AWQ scales and their rotation.
 _PROJECTIONS = {
     "self_attn": {"q_proj": "in", "k_proj": "in", "v_proj": "in", "o_proj": "out"},
     "linear_attn": {"in_proj_qkv": "in", "in_proj_z": "in", "out_proj": "out"},
     "mlp": {"gate_proj": "in", "up_proj": "in", "down_proj": "out"},
+    "mlp.shared_expert": {"gate_proj": "in", "up_proj": "in", "down_proj": "out"},
+    _EXPERTS: {"gate_up_proj": "in", "down_proj": "out"},
 }
-_LAYER = re.compile(r"layers\.(\d+)\.(\w+)\.(\w+)")
+_LAYER = re.compile(r"layers\.(\d+)\.([\w.]+)\.(\w+)")
 
 # Why a linear layer, embedding or convolution outside the table stays as it is; the first match is reported.
 _KEPT = (
@@ -35,11 +42,15 @@ _KEPT = (
     (re.compile(r"^mtp\."), "multi-token prediction head"),
     (re.compile(r"\.in_proj_[ab]$"), "decay and beta gates of GatedDeltaNet"),
     (re.compile(r"\.conv1d$"), "short convolution"),
+    (re.compile(r"\.shared_expert_gate$"), "gate of the shared expert"),
 )
 
 
 class Kind(Enum):
+    """EXPERTS: one projection of all experts of a layer, a weight [E, N, K]."""
+
     LINEAR = "linear"
+    EXPERTS = "experts"
     HEAD = "head"
     EMBEDDING = "embedding"
 
@@ -67,7 +78,19 @@ def role_of(name: str) -> Role | None:
     match = _LAYER.fullmatch(short)
     if match is None or match[3] not in _PROJECTIONS.get(match[2], {}):
         return None
-    return Role(Kind.LINEAR, f"layers.{match[1]}.{match[2]}.{_PROJECTIONS[match[2]][match[3]]}")
+    kind = Kind.EXPERTS if match[2] == _EXPERTS else Kind.LINEAR
+    return Role(kind, f"layers.{match[1]}.{match[2]}.{_PROJECTIONS[match[2]][match[3]]}")
+
+
+def kind_of(name: str) -> Kind | None:
+    """The kind of the layer `name`, or None when it is not one that is quantised."""
+    role = role_of(name)
+    return None if role is None else role.kind
+
+
+def weight_name(name: str) -> str:
+    """The plain weight of the layer `name`, in a model and in a checkpoint: the layer itself where it is experts."""
+    return name if kind_of(name) is Kind.EXPERTS else f"{name}.weight"
 
 
 def keep_reason(name: str) -> str:
@@ -85,7 +108,7 @@ def check_model_type(model_type: object) -> str:
 
 
 def is_vision_language(model_type: str) -> bool:
-    return model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+    return model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
 
 
 @dataclass(frozen=True)
@@ -112,4 +135,4 @@ class LayerPlan:
 
 
 def names_of_kind(names: Iterable[str], kind: Kind) -> list[str]:
-    return [name for name in names if (role := role_of(name)) is not None and role.kind is kind]
+    return [name for name in names if kind_of(name) is kind]

@@ -25,6 +25,7 @@ class PolarQuantConfig(QuantizationConfigMixin):
     awq: whether every quantised linear layer that is not tied to the embedding carries `awq_scales`.
 
     Patterns are layer names with the shell's wildcards; a `model.` or `model.language_model.` prefix does not matter.
+    Excluding one projection of a layer's experts excludes both.
     The other arguments exist to be written to and checked in config.json; each has one valid value.
 
     Raises ConfigError for an unknown key or value.
@@ -87,6 +88,7 @@ class PolarQuantConfig(QuantizationConfigMixin):
                 plan.kept[name] = "excluded"
             else:
                 plan.bits[name] = self.bits_for(name)
+        plan = _pair_experts(plan)
         return _tie(plan) if tied else plan
 
     def bits_for(self, name: str) -> int:
@@ -103,6 +105,14 @@ class PolarQuantConfig(QuantizationConfigMixin):
 
 def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(canonical(name), canonical(pattern))
+
+
+def _pair_experts(plan: LayerPlan) -> LayerPlan:
+    """Leave out the experts of whose two projections one is excluded: a layer computes with both."""
+    excluded = {name.rpartition(".")[0] for name in names_of_kind(plan.kept, Kind.EXPERTS)}
+    left_out = [name for name in names_of_kind(plan.bits, Kind.EXPERTS) if name.rpartition(".")[0] in excluded]
+    bits = {name: b for name, b in plan.bits.items() if name not in left_out}
+    return LayerPlan(bits, plan.kept | dict.fromkeys(left_out, "excluded"))
 
 
 def _tie(plan: LayerPlan) -> LayerPlan:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -21,6 +22,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from model_patch.architectures import Kind, names_of_kind
 from model_patch.checkpoint.reader import Checkpoint
 from model_patch.checkpoint.strict import check_checkpoint, expected_tensors, value_problems
 from model_patch.checkpoint.writer import polar_metadata, sort_metadata
@@ -85,6 +87,10 @@ class PolarHfQuantizer(HfQuantizer):
             if self.quantization_config.awq:
                 raise UnsupportedModelError(
                     "quantising on the fly does not calibrate: leave out awq=True, or use `polar quantize`"
+                )
+            if names_of_kind(plan.bits, Kind.EXPERTS):
+                raise UnsupportedModelError(
+                    "experts are not quantised on the fly: use `polar quantize`, or load the model and `patch_model` it"
                 )
             swap_to_empty(model, plan, awq=False)
             self.quantization_config = self.quantization_config.resolved(plan, awq=False)
@@ -184,6 +190,16 @@ def _prepare(model: PreTrainedModel) -> None:
 
 def _save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
     """The class's own, with the shards' headers in a fixed order: the same tensors are the same bytes."""
+    # Experts are saved fused: transformers would take their codes for its own fused weights, and split them.
+    conversions = getattr(self, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(self, add_legacy=False)
+    self._weight_conversions = [c for c in conversions if not _is_of_experts(c)]
     type(self).save_pretrained(self, save_directory, *args, **kwargs)
     for file in Path(save_directory).glob("*.safetensors"):
         sort_metadata(file)
+
+
+def _is_of_experts(conversion: object) -> bool:
+    """Whether it makes fused experts of single ones."""
+    return isinstance(conversion, WeightConverter) and any(".experts." in p for p in conversion.target_patterns)

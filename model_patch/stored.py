@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from model_patch.architectures import canonical
+from model_patch.architectures import canonical, weight_name
 from model_patch.checkpoint.reader import Checkpoint, read_config
 from model_patch.checkpoint.strict import check_checkpoint
 from model_patch.errors import CheckpointError
@@ -16,20 +16,23 @@ from polar_kernels import PolarError, PolarWeight
 
 @dataclass(frozen=True)
 class StoredLayers:
-    """bits: layer name in the checkpoint -> bits; shapes: -> (out_features, in_features)."""
+    """bits: layer name in the checkpoint -> bits; shapes: -> that of its dense weight."""
 
     checkpoint: Checkpoint
     bits: dict[str, int]
-    shapes: dict[str, tuple[int, int]]
+    shapes: dict[str, tuple[int, ...]]
     tables: dict[int, torch.Tensor]
 
     def read(self, layer: str, device: torch.device | str = "cpu") -> PolarWeight:
-        """One layer's stored weight. Raises CheckpointError naming it when its parts do not fit together."""
+        """One layer's stored weight; experts [E, N, K] as one of [E * N, K].
+
+        Raises CheckpointError naming it when its parts do not fit together.
+        """
         has_scales = f"{layer}.awq_scales" in self.checkpoint.tensors
         scales = self.checkpoint.read(f"{layer}.awq_scales", device) if has_scales else None
-        packed, norms = (self.checkpoint.read(f"{layer}.{part}", device) for part in ("packed", "norms"))
+        packed, norms = (self.checkpoint.read(f"{layer}.{part}", device).flatten(0, -2) for part in ("packed", "norms"))
         try:
-            return PolarWeight(packed, norms, scales, self.tables[self.bits[layer]].to(device), self.shapes[layer][1])
+            return PolarWeight(packed, norms, scales, self.tables[self.bits[layer]].to(device), self.shapes[layer][-1])
         except PolarError as error:
             raise CheckpointError(self.checkpoint.where, f"{layer}: {error}") from error
 
@@ -41,8 +44,7 @@ def open_quantized(folder: Path) -> StoredLayers:
         raise CheckpointError(folder, "not a quantised checkpoint: config.json has no quantization_config")
     model, checkpoint = meta_model(folder), Checkpoint.open(folder)
     plan = plan_model(model, config)
-    modules = {name: model.get_submodule(name) for name in plan.bits}
-    shapes = {name: (int(module.weight.shape[0]), int(module.weight.shape[1])) for name, module in modules.items()}
+    shapes = {name: tuple(model.get_parameter(weight_name(name)).shape) for name in plan.bits}
     swap_to_empty(model, plan, config.awq)
     check_checkpoint(model, checkpoint)
     by_short = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from model_patch.architectures import Kind, canonical, role_of
+from model_patch.architectures import Kind, canonical, role_of, weight_name
 from model_patch.checkpoint.reader import Checkpoint
 from model_patch.checkpoint.strict import value_problems
 from model_patch.errors import CheckpointError
@@ -66,12 +66,13 @@ def _plain_problems(checkpoint: Checkpoint, names: list[str]) -> list[str]:
 
 
 def _original_weight(
-    source: Checkpoint, layer: str, shape: tuple[int, int], device: torch.device | str
+    source: Checkpoint, layer: str, shape: tuple[int, ...], device: torch.device | str
 ) -> torch.Tensor:
     by_short = {canonical(name): name for name in source.tensors}
-    name = by_short.get(canonical(f"{layer}.weight"))
+    wanted = weight_name(layer)
+    name = by_short.get(canonical(wanted))
     if name is None:
-        raise CheckpointError(source.where, f"{layer}.weight is missing: is this the checkpoint it was made from?")
+        raise CheckpointError(source.where, f"{wanted} is missing: is this the checkpoint it was made from?")
     if (found := source.tensors[name].shape) != shape:
         shapes = f"{list(found)} in the source, {list(shape)} here"
         raise CheckpointError(source.where, f"{name} has the shape {shapes}: is this the checkpoint it was made from?")
@@ -79,8 +80,8 @@ def _original_weight(
 
 
 def _squared_error(weight: PolarWeight, original: torch.Tensor) -> tuple[float, float]:
-    """Squared error of the dequantised weight, and the original's square."""
+    """Squared error of the dequantised weight, and the original's square; of experts all together."""
     parts = (weight.packed, weight.norms, weight.awq_scales, weight.centroids)
     dense = ops.dequantize(*parts, weight.in_features, torch.float32)
-    error = dense - original.float()
+    error = dense - original.flatten(0, -2).float()
     return float(error.double().square().sum()), float(original.double().square().sum())

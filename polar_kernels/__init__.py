@@ -3,6 +3,7 @@
 from polar_kernels.codebook import lloyd_max_levels, published_levels
 from polar_kernels.embedding import PolarEmbedding, TiedPolarHead
 from polar_kernels.errors import ArgumentError, PolarError, QuantizationError
+from polar_kernels.experts import PolarExpertProjection, PolarExperts
 from polar_kernels.group import PolarGroup
 from polar_kernels.hadamard import BLOCK_SIZE
 from polar_kernels.linear import PolarLinear
@@ -18,6 +19,8 @@ __all__ = [
     "NoDenseWeightError",
     "PolarEmbedding",
     "PolarError",
+    "PolarExpertProjection",
+    "PolarExperts",
     "PolarGroup",
     "PolarLinear",
     "PolarModule",

@@ -8,6 +8,7 @@ import torch
 from polar_kernels.codebook import bits_of
 from polar_kernels.errors import ArgumentError
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
+from polar_kernels.packing import packed_size
 from polar_kernels.tiles import LEVEL_WORDS, PLANE_WORDS, TILE_ROWS, tile_width
 from polar_kernels.weight import check_weight, expect
 
@@ -97,6 +98,59 @@ def _check_ids(ids: torch.Tensor, device: torch.device) -> None:
     if ids.dtype not in (torch.int32, torch.int64):
         raise ArgumentError(f"ids must be int32 or int64, found {ids.dtype}")
     _check_device("ids", ids, device)
+
+
+def check_experts(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up_packed: torch.Tensor,
+    gate_up_norms: torch.Tensor,
+    gate_up_awq_scales: torch.Tensor | None,
+    gate_up_centroids: torch.Tensor,
+    down_packed: torch.Tensor,
+    down_norms: torch.Tensor,
+    down_awq_scales: torch.Tensor | None,
+    down_centroids: torch.Tensor,
+) -> None:
+    _check_float("x", x.dtype)
+    if x.dim() != 2:
+        raise ArgumentError(f"x must be [T, H], found {list(x.shape)}")
+    if top_k_index.dtype not in (torch.int32, torch.int64):
+        raise ArgumentError(f"top_k_index must be int32 or int64, found {top_k_index.dtype}")
+    if not top_k_weights.is_floating_point():
+        raise ArgumentError(f"top_k_weights must be float, found {top_k_weights.dtype}")
+    if top_k_index.dim() != 2 or len(top_k_index) != len(x) or top_k_weights.shape != top_k_index.shape:
+        found = f"{list(top_k_index.shape)} and {list(top_k_weights.shape)}"
+        raise ArgumentError(f"top_k_index and top_k_weights must both be [{len(x)}, k], found {found}")
+    if gate_up_packed.dim() != 3 or gate_up_packed.shape[1] % 2:
+        raise ArgumentError(f"gate_up_packed must be [E, 2 * I, bytes], found {list(gate_up_packed.shape)}")
+    count, middle = gate_up_packed.shape[0], gate_up_packed.shape[1] // 2
+    gate_up = (gate_up_packed, gate_up_norms, gate_up_awq_scales, gate_up_centroids)
+    _check_stack("gate_up", *gate_up, (count, 2 * middle), x.shape[1])
+    _check_stack("down", down_packed, down_norms, down_awq_scales, down_centroids, (count, x.shape[1]), middle)
+    for name, part in (("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
+        _check_device(name, part, x.device)
+    for tensor in (*gate_up, down_packed, down_norms, down_awq_scales, down_centroids):
+        _check_device("a part of the experts", tensor, x.device)
+
+
+def _check_stack(
+    name: str,
+    packed: torch.Tensor,
+    norms: torch.Tensor,
+    awq_scales: torch.Tensor | None,
+    centroids: torch.Tensor,
+    rows: tuple[int, int],
+    in_features: int,
+) -> None:
+    """The parts of the same projection of all experts; rows: [E, N]."""
+    bits, blocks = bits_of(centroids), padded_size(in_features) // BLOCK_SIZE
+    expect(f"{name}_centroids", centroids, torch.float32, (1 << bits,))
+    expect(f"{name}_packed", packed, torch.uint8, (*rows, packed_size(blocks * BLOCK_SIZE, bits)))
+    expect(f"{name}_norms", norms, torch.float16, (*rows, blocks))
+    if awq_scales is not None:
+        expect(f"{name}_awq_scales", awq_scales, torch.float16, (in_features,))
 
 
 def _check_tiles(

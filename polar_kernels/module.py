@@ -122,7 +122,8 @@ class PolarModule(nn.Module):
         if self.tiles is not None:
             parts = (self.tiles, self.tile_norms, self.awq_scales, self.level_table, self.centroids)
             return ops.tiled_dequantize(*parts, self._rows, self._columns, dtype)
-        return ops.dequantize(self.packed, self.norms, self.awq_scales, self.centroids, self._columns, dtype)
+        weight = self.polar_weight
+        return ops.dequantize(weight.packed, weight.norms, weight.awq_scales, weight.centroids, self._columns, dtype)
 
     def dequantize_into(self, out: torch.Tensor) -> torch.Tensor:
         """Write the weight W_hat into `out` [rows, columns], fp16, bf16 or fp32, contiguous, and return it.
@@ -133,7 +134,8 @@ class PolarModule(nn.Module):
             parts = (self.tiles, self.tile_norms, self.awq_scales, self.level_table, self.centroids)
             ops.tiled_dequantize_into(*parts, out)
         else:
-            ops.dequantize_into(self.packed, self.norms, self.awq_scales, self.centroids, out)
+            weight = self.polar_weight
+            ops.dequantize_into(weight.packed, weight.norms, weight.awq_scales, weight.centroids, out)
         return out
 
     def settle(self) -> None:

@@ -7,6 +7,7 @@
 | dequantize | reference.dequantize | kernels.dequantize |
 | dequantize_into | reference.dequantize | kernels.dequantize |
 | embedding | reference.embedding | kernels.dequantize |
+| experts | reference.experts | kernels.experts, which calls kernels.rotate |
 | tiled_linear | reference.linear | kernels.tiled: exact_matmul, int8_matmul, int8_wgmma, dense, by rows |
 | tiled_dequantize, tiled_dequantize_into | reference.dequantize | kernels.tiled |
 | tiled_embedding | reference.dequantize | kernels.dequantize |
@@ -27,6 +28,7 @@ from polar_kernels.checks import (
     check_dequantize,
     check_dequantize_into,
     check_embedding,
+    check_experts,
     check_linear,
     check_rotate,
     check_tiled_dequantize,
@@ -35,6 +37,7 @@ from polar_kernels.checks import (
     check_tiled_linear,
 )
 from polar_kernels.codebook import bits_of
+from polar_kernels.errors import PolarError
 from polar_kernels.hadamard import padded_size
 from polar_kernels.tiles import untile_rows, untile_weight
 
@@ -45,6 +48,11 @@ _library.define("rotate(Tensor x, Tensor? awq_scales) -> Tensor")
 _library.define(f"dequantize({_WEIGHT}, int in_features, ScalarType dtype) -> Tensor")
 _library.define(f"dequantize_into({_WEIGHT}, Tensor(a!) out) -> ()")
 _library.define(f"embedding(Tensor ids, {_WEIGHT}, int embedding_dim, ScalarType dtype) -> Tensor")
+_library.define(
+    "experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, "
+    "Tensor gate_up_packed, Tensor gate_up_norms, Tensor? gate_up_awq_scales, Tensor gate_up_centroids, "
+    "Tensor down_packed, Tensor down_norms, Tensor? down_awq_scales, Tensor down_centroids) -> Tensor"
+)
 
 _TILED = "Tensor tiles, Tensor tile_norms, Tensor? awq_scales, Tensor level_table, Tensor centroids"
 _library.define(f"tiled_linear(Tensor x, {_TILED}, Tensor? bias, int out_features, bool exact=False) -> Tensor")
@@ -171,6 +179,16 @@ def _embedding_cuda(ids, packed, norms, awq_scales, centroids, embedding_dim, dt
     return rows.view(*ids.shape, embedding_dim)
 
 
+def _experts_cuda(x, top_k_index, top_k_weights, *parts):
+    from polar_kernels.kernels.experts import experts
+
+    return experts(x.contiguous(), top_k_index, top_k_weights, *parts)
+
+
+def _experts_fake(x, *others):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _linear_fake(x, packed, norms, awq_scales, centroids, bias):
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
@@ -214,6 +232,7 @@ _register("rotate", check_rotate, reference.rotate, _rotate_cuda, _rotate_fake)
 _register("dequantize", check_dequantize, reference.dequantize, _dequantize_cuda, _dequantize_fake)
 _register("dequantize_into", check_dequantize_into, _dequantize_into_cpu, _dequantize_into_cuda, _nothing)
 _register("embedding", check_embedding, reference.embedding, _embedding_cuda, _embedding_fake)
+_register("experts", check_experts, reference.experts, _experts_cuda, _experts_fake)
 _register("tiled_linear", check_tiled_linear, _tiled_linear_cpu, _tiled_linear_cuda, _tiled_linear_fake)
 _register(
     "tiled_dequantize",
@@ -236,6 +255,7 @@ rotate = torch.ops.polar.rotate.default
 dequantize = torch.ops.polar.dequantize.default
 dequantize_into = torch.ops.polar.dequantize_into.default
 embedding = torch.ops.polar.embedding.default
+experts = torch.ops.polar.experts.default
 tiled_linear = torch.ops.polar.tiled_linear.default
 tiled_dequantize = torch.ops.polar.tiled_dequantize.default
 tiled_dequantize_into = torch.ops.polar.tiled_dequantize_into.default
@@ -277,3 +297,14 @@ def _tiled_backward(ctx, grad):
 
 
 torch.library.register_autograd("polar::tiled_linear", _tiled_backward, setup_context=_tiled_setup, lib=_library)
+
+
+def _experts_setup(ctx, inputs, output):
+    """Nothing to keep."""
+
+
+def _experts_backward(ctx, grad):
+    raise PolarError("there are no gradients through quantised experts: leave them unquantised, or detach their output")
+
+
+torch.library.register_autograd("polar::experts", _experts_backward, setup_context=_experts_setup, lib=_library)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch.nn import functional as F
 
 from polar_kernels.codebook import bits_of
 from polar_kernels.hadamard import BLOCK_SIZE, pad_blocks, transform_blocks
@@ -86,6 +87,39 @@ def embedding(
         raise IndexError(f"id {int(flat.min())} is outside the table of {packed.shape[0]} rows")
     rows = dequantize(packed[flat], norms[flat], awq_scales, centroids, embedding_dim, dtype)
     return rows.reshape(*ids.shape, embedding_dim)
+
+
+def experts(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up_packed: torch.Tensor,
+    gate_up_norms: torch.Tensor,
+    gate_up_awq_scales: torch.Tensor | None,
+    gate_up_centroids: torch.Tensor,
+    down_packed: torch.Tensor,
+    down_norms: torch.Tensor,
+    down_awq_scales: torch.Tensor | None,
+    down_centroids: torch.Tensor,
+) -> torch.Tensor:
+    """x [T, H] through the experts top_k_index [T, k] of each token, summed by top_k_weights [T, k]: [T, H].
+
+    An expert e is down[e](silu(gate) * up), where gate_up[e](x) has the rows of gate first and then those of up. Packed
+    and norms are those of a weight with a dimension [E] in front; all experts share awq_scales and centroids.
+    Raises IndexError for an expert outside 0..E-1.
+    """
+    count, work = gate_up_packed.shape[0], arithmetic_dtype(x.dtype)
+    out = torch.zeros(x.shape, dtype=work, device=x.device)
+    for expert in top_k_index.unique().tolist():
+        if not 0 <= expert < count:
+            raise IndexError(f"expert {expert} is outside the {count} there are")
+        token, place = (top_k_index == expert).nonzero(as_tuple=True)
+        gate_up = (gate_up_packed[expert], gate_up_norms[expert], gate_up_awq_scales, gate_up_centroids)
+        gate, up = linear(x[token].to(work), *gate_up).chunk(2, -1)
+        down = (down_packed[expert], down_norms[expert], down_awq_scales, down_centroids)
+        made = linear(F.silu(gate) * up, *down)
+        out.index_add_(0, token, made * top_k_weights[token, place, None].to(work))
+    return out.to(x.dtype)
 
 
 def _scaled_levels(

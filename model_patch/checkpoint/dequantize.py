@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from model_patch.architectures import weight_name
 from model_patch.checkpoint.package import DEFAULT_SHARD_SIZE, write_plain
 from model_patch.checkpoint.strict import value_problems
 from model_patch.checkpoint.writer import check_output, passthrough
@@ -30,10 +31,11 @@ def dequantize_checkpoint(
     check_output(out, overwrite)
     stored = open_quantized(folder)
     layout: dict[str, torch.Tensor] = {}
+    layers = {weight_name(layer): layer for layer in stored.shapes}
     for name in stored.checkpoint.tensors:
         layer, _, _ = name.rpartition(".")
         if layer in stored.shapes:
-            layout[f"{layer}.weight"] = torch.empty(stored.shapes[layer], dtype=dtype, device="meta")
+            layout[weight_name(layer)] = torch.empty(stored.shapes[layer], dtype=dtype, device="meta")
         else:
             plain = passthrough(stored.checkpoint, name)
             layout[name] = plain.to(dtype) if plain.is_floating_point() else plain
@@ -41,8 +43,7 @@ def dequantize_checkpoint(
 
     def produce(name: str) -> torch.Tensor:
         nonlocal done
-        layer, _, _ = name.rpartition(".")
-        if layer not in stored.shapes:
+        if (layer := layers.get(name)) is None:
             return stored.checkpoint.read(name).to(layout[name].dtype)
         done += 1
         progress(done, len(stored.shapes), layer)
@@ -50,6 +51,6 @@ def dequantize_checkpoint(
         if problems := value_problems(layer, weight, stored.checkpoint):
             raise CheckpointError(folder, problems)
         parts = (weight.packed, weight.norms, weight.awq_scales, weight.centroids)
-        return ops.dequantize(*parts, weight.in_features, dtype)
+        return ops.dequantize(*parts, weight.in_features, dtype).view(stored.shapes[layer])
 
     return write_plain(folder, out, layout, produce, max_shard_size=max_shard_size, overwrite=overwrite)

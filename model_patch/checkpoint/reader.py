@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.utils import SafetensorsRepoMetadata
 from safetensors import SafetensorError, safe_open
 
+from model_patch.checkpoint.experts import fuse_experts
 from model_patch.errors import CheckpointError
 from polar_kernels.codebook import check_bits, check_levels
 from polar_kernels.errors import ArgumentError
@@ -34,11 +35,16 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as its shard's header describes it."""
+    """One tensor as its shard's header describes it.
+
+    pieces: of a tensor that is put together from those of single experts, their names expert by expert; `file` is then
+    that of the first.
+    """
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    pieces: tuple[tuple[str, ...], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -48,12 +54,15 @@ class TensorInfo:
 class Checkpoint:
     """The tensors and the safetensors metadata of a set of shards.
 
-    tensors: name -> TensorInfo, in the order of the shards and their headers.
+    stored: name -> TensorInfo, in the order of the shards and their headers. tensors: the same with experts fused, as
+    transformers' models have them.
     metadata: the union of all shards' metadata, which must agree.
     """
 
-    def __init__(self, where: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str]) -> None:
-        self.where, self.tensors, self.metadata = where, tensors, metadata
+    def __init__(self, where: Path, stored: dict[str, TensorInfo], metadata: dict[str, str]) -> None:
+        """Raises CheckpointError where experts do not fit together."""
+        self.where, self.stored, self.metadata = where, stored, metadata
+        self.tensors = fuse_experts(where, stored)
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -70,7 +79,7 @@ class Checkpoint:
         weight_map = _read_weight_map(index)
         files = [folder / name for name in dict.fromkeys(weight_map.values())]
         checkpoint = cls.from_files(files, where=folder)
-        located = {name: info.file.name for name, info in checkpoint.tensors.items()}
+        located = {name: info.file.name for name, info in checkpoint.stored.items()}
         problems = [
             f"{INDEX_NAME} puts {name} in {shard}, but it is {f'in {located[name]}' if name in located else 'nowhere'}"
             for name, shard in weight_map.items()
@@ -122,8 +131,20 @@ class Checkpoint:
     def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """One tensor, read from its shard now."""
         info = self.tensors[name]
-        with safe_open(info.file, framework="pt", device=str(device)) as file:
-            return file.get_tensor(name)
+        if info.pieces:
+            single = self._read_stored([piece for pieces in info.pieces for piece in pieces], device)
+            return torch.stack([torch.cat([single[piece] for piece in pieces]) for pieces in info.pieces])
+        return self._read_stored([name], device)[name]
+
+    def _read_stored(self, names: Iterable[str], device: torch.device | str) -> dict[str, torch.Tensor]:
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.stored[name].file, []).append(name)
+        found: dict[str, torch.Tensor] = {}
+        for path, members in by_file.items():
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                found |= {name: file.get_tensor(name) for name in members}
+        return found
 
     def centroids(self) -> dict[int, torch.Tensor]:
         """Bits -> table of levels fp32 [2^bits], from the metadata. Raises CheckpointError when absent or malformed."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedModel
 
-from model_patch.architectures import canonical
+from model_patch.architectures import canonical, weight_name
 from model_patch.checkpoint.reader import Checkpoint, TensorInfo
 from model_patch.config import BIT_ORDER
 from model_patch.errors import CheckpointError
@@ -56,29 +56,31 @@ def expected_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def value_problems(name: str, weight: PolarWeight, checkpoint: Checkpoint) -> list[str]:
     """What is wrong with the values of a layer's scales: NaN, infinite or negative ones, with their place.
 
-    name: of the layer in the model or in `checkpoint`, from which its values were read.
+    name: of the layer in the model or in `checkpoint`, from which its values were read; weight: of experts all rows.
     """
     problems = []
     norms_bad = ~(weight.norms.isfinite() & (weight.norms >= 0))
     if norms_bad.any():
         row, block = norms_bad.nonzero()[0].tolist()
         value = weight.norms[row, block].item()
-        norms = _located(checkpoint, f"{name}.norms")
-        problems.append(f"{norms} must be finite and not negative; found {value} at row {row}, block {block}")
+        info = _info(checkpoint, f"{name}.norms")
+        rows = info.shape[-2]
+        place = f"expert {row // rows}, row {row % rows}" if len(info.shape) == 3 else f"row {row}"
+        norms = f"{info.file.name}: {name}.norms"
+        problems.append(f"{norms} must be finite and not negative; found {value} at {place}, block {block}")
     if weight.awq_scales is not None:
         scales_bad = ~(weight.awq_scales.isfinite() & (weight.awq_scales > 0))
         if scales_bad.any():
             index = int(scales_bad.nonzero()[0])
             value = weight.awq_scales[index].item()
-            scales = _located(checkpoint, f"{name}.awq_scales")
+            scales = f"{_info(checkpoint, f'{name}.awq_scales').file.name}: {name}.awq_scales"
             problems.append(f"{scales} must be finite and positive; found {value} at [{index}]")
     return problems
 
 
-def _located(checkpoint: Checkpoint, name: str) -> str:
-    """The name of a tensor after that of its shard."""
-    files = (info.file.name for key, info in checkpoint.tensors.items() if canonical(key) == canonical(name))
-    return f"{next(files)}: {name}"
+def _info(checkpoint: Checkpoint, name: str) -> TensorInfo:
+    """What the checkpoint says of a tensor that the model names so."""
+    return next(info for key, info in checkpoint.tensors.items() if canonical(key) == canonical(name))
 
 
 def _by_canonical_name(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
@@ -97,9 +99,10 @@ def _by_canonical_name(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
 
 def _describe_missing(name: str, found: Mapping[str, TensorInfo]) -> str:
     layer, _, part = name.rpartition(".")
-    if part in PARTS and canonical(f"{layer}.weight") in found:
+    if part in PARTS and canonical(weight_name(layer)) in found:
         return f"{name} is missing: the config says that {layer} is quantised, but the checkpoint has a plain weight"
-    if part == "weight" and canonical(f"{layer}.packed") in found:
+    layer = name.removesuffix(".weight")
+    if name == weight_name(layer) and canonical(f"{layer}.packed") in found:
         return f"{name} is missing: the config says that {layer} is not quantised, but the checkpoint has packed codes"
     return f"{name} is missing"
 
@@ -110,7 +113,8 @@ def _disagreement(name: str, tensor: torch.Tensor, info: TensorInfo) -> str | No
     if same_dtype and info.shape == tuple(tensor.shape):
         return None
     dtype = tensor.dtype if quantised else "a float dtype" if tensor.is_floating_point() else tensor.dtype
-    return f"{info.file.name}: {name} must be {dtype} {list(tensor.shape)}, found {info.dtype} {list(info.shape)}"
+    problem = f"{info.file.name}: {name} must be {dtype} {list(tensor.shape)}, found {info.dtype} {list(info.shape)}"
+    return f"{problem}, put together from the tensors of {len(info.pieces)} experts" if info.pieces else problem
 
 
 def _may_be_left(model: PreTrainedModel, name: str) -> bool:

@@ -4,7 +4,7 @@ from typing import Any
 
 import typer
 
-from model_patch.architectures import role_of
+from model_patch.architectures import role_of, weight_name
 from model_patch.checkpoint.reader import Checkpoint, read_config
 from model_patch.checkpoint.strict import PARTS
 from model_patch.cli.options import AsJson, Folder, megabytes, print_json, print_table
@@ -38,8 +38,10 @@ def _layers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     layers: dict[str, dict[str, Any]] = {}
     for name, info in checkpoint.tensors.items():
         layer, _, part = name.rpartition(".")
+        if part not in PARTS:
+            layer, part = name.removesuffix(".weight"), "weight"
         role = role_of(layer)
-        if role is None or part not in (*PARTS, "weight"):
+        if role is None or (part == "weight" and name != weight_name(layer)):
             continue
         entry = layers.setdefault(layer, {"kind": role.kind.value, "quantized": False, "bytes": 0, "tensors": 0})
         entry["bytes"] += info.nbytes

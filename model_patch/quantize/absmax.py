@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from model_patch.architectures import weight_name
 from model_patch.checkpoint.package import DEFAULT_SHARD_SIZE, write_plain
 from model_patch.checkpoint.writer import check_output, passthrough
 from model_patch.progress import Progress, no_progress
@@ -16,12 +17,12 @@ from polar_kernels.hadamard import BLOCK_SIZE, pad_blocks
 
 
 def absmax_round(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """weight [N, K] rounded to `bits` bits: 2^bits - 1 levels, symmetric, the outermost at a block's absmax."""
+    """weight [..., K] rounded to `bits` bits: 2^bits - 1 levels, symmetric, the outermost at a block's absmax."""
     blocks = pad_blocks(weight.float()).unflatten(-1, (-1, BLOCK_SIZE))
     top = (1 << (bits - 1)) - 1
     scale = blocks.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / top
     rounded = (blocks / scale).round() * scale
-    return rounded.flatten(-2)[:, : weight.shape[1]].to(weight.dtype)
+    return rounded.flatten(-2)[..., : weight.shape[-1]].to(weight.dtype)
 
 
 def write_absmax(
@@ -35,7 +36,7 @@ def write_absmax(
 ) -> list[str]:
     """Write the checkpoint that `plan` read with its planned layers rounded by absmax; returns warnings."""
     check_output(out, overwrite)
-    bits = {f"{plan.names[name]}.weight": b for name, b in plan.layers.bits.items()}
+    bits = {weight_name(plan.names[name]): b for name, b in plan.layers.bits.items()}
     done = 0
 
     def produce(name: str) -> torch.Tensor:

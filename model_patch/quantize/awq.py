@@ -14,6 +14,7 @@ from polar_kernels import quantize_weight, reference
 
 EXPONENTS = tuple(step / 20 for step in range(21))
 _ROWS = 1024  # of each weight, evenly spread, that the search looks at
+_EXPERT_WEIGHT_ROWS = 16  # of each expert's at the least
 _LIMIT = 1e4  # fp16 keeps scales within 1/LIMIT..LIMIT exact enough and far from its ends
 
 # Weight [N, K], bits, scales [K] -> fp32 [N, K], what is left of the weight once it is quantised.
@@ -42,13 +43,41 @@ def search_awq_scales(
     sample = statistics.sample.to(device)
     rows = [weight[:: max(1, weight.shape[0] // _ROWS)][:_ROWS].float() for weight in weights]
     outputs = [sample @ weight.T for weight in rows]
+
+    def error(scales: torch.Tensor) -> float:
+        left = [fake_quantize(weight, b, scales) for weight, b in zip(rows, bits, strict=True)]
+        return sum(_error(sample, weight, output) for weight, output in zip(left, outputs, strict=True))
+
+    return _best(statistics, device, error)
+
+
+@torch.no_grad()
+def search_expert_scales(statistics: SiteStatistics, weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, float]:
+    """The same for one projection of experts, weight [E, N, K]: every expert counts alike, by the tokens it saw itself,
+    or where those are too few (`rare_experts`) by the site's."""
+    device, rare = weight.device, statistics.rare_experts
+    count = max(_EXPERT_WEIGHT_ROWS, _ROWS // weight.shape[0])
+    rows = weight[:, :: max(1, weight.shape[1] // count)][:, :count].float()
+    site = statistics.sample.to(device)
+    samples = [site if expert in rare else own.to(device) for expert, own in enumerate(statistics.expert_samples)]
+    outputs = [sample @ single.T for sample, single in zip(samples, rows, strict=True)]
+
+    def error(scales: torch.Tensor) -> float:
+        left = _polar(rows.flatten(0, 1), bits, scales).view_as(rows)
+        return sum(_error(*parts) for parts in zip(samples, left, outputs, strict=True))
+
+    return _best(statistics, device, error)
+
+
+def _best(
+    statistics: SiteStatistics, device: torch.device, error: Callable[[torch.Tensor], float]
+) -> tuple[torch.Tensor, float]:
+    """The scales of the least error, and their exponent."""
     best, best_error = None, torch.inf
     for exponent in EXPONENTS:
         scales = _scales(statistics.mean_abs.to(device), exponent)
-        left = [fake_quantize(weight, b, scales) for weight, b in zip(rows, bits, strict=True)]
-        error = sum(_error(sample, weight, output) for weight, output in zip(left, outputs, strict=True))
-        if error < best_error:
-            best, best_error = (scales, exponent), error
+        if (found := error(scales)) < best_error:
+            best, best_error = (scales, exponent), found
     assert best is not None  # the error of exponent 0 is finite
     return best
 

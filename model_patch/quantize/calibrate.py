@@ -2,15 +2,21 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from model_patch.architectures import Kind, kind_of
 from model_patch.progress import Progress, no_progress
 
 SAMPLE_ROWS = 1024  # activations kept per site for the search of the exponent
+EXPERT_ROWS = 32  # and for each expert; one that saw fewer tokens is judged by the site's
+
+
+_ANY = 1 << 62
 
 
 @dataclass
@@ -18,11 +24,17 @@ class SiteStatistics:
     """Activations read by the layers of one input site.
 
     mean_abs: fp32 [K], mean magnitude per channel over all tokens. sample: fp32 [S, K], S <= SAMPLE_ROWS rows spread
-    evenly over the text.
+    evenly over the text. expert_samples: where experts read it, the first S <= EXPERT_ROWS that each saw, fp32 [S, K].
     """
 
     mean_abs: torch.Tensor
     sample: torch.Tensor
+    expert_samples: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def rare_experts(self) -> list[int]:
+        """Experts that saw fewer than EXPERT_ROWS tokens."""
+        return [expert for expert, sample in enumerate(self.expert_samples) if len(sample) < EXPERT_ROWS]
 
 
 class _Collector:
@@ -36,12 +48,40 @@ class _Collector:
         x = args[0].detach().flatten(0, -2).float()
         self.total = self.total + x.abs().sum(0)
         self.count += x.shape[0]
-        count = min(self.rows_per_window * (x.shape[0] // self.window), x.shape[0])
+        count = min(self.rows_per_window * max(1, x.shape[0] // self.window), x.shape[0])
         self.rows.append(x[torch.arange(count, device=x.device) * x.shape[0] // count].cpu())
 
     def result(self) -> SiteStatistics:
         assert isinstance(self.total, torch.Tensor)
         return SiteStatistics((self.total / self.count).cpu(), torch.cat(self.rows)[:SAMPLE_ROWS])
+
+
+class _ExpertCollector(_Collector):
+    """Listens to the module of all experts, for one of its projections."""
+
+    def __init__(self, rows_per_window: int, projection: str) -> None:
+        super().__init__(rows_per_window, _ANY)  # what experts read has as many rows as the router makes
+        self.projection = projection
+        self.seen: list[torch.Tensor] = []
+
+    def __call__(self, experts: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x, index, _ = args
+        gate_up_proj = experts.get_parameter("gate_up_proj")
+        read = []
+        for expert, weight in enumerate(gate_up_proj):
+            rows = x[(index == expert).any(-1)].detach()
+            if self.projection == "down_proj":  # what it reads no module of transformers' has as its input
+                gate, up = F.linear(rows, weight).chunk(2, -1)
+                rows = F.silu(gate) * up
+            if len(self.seen) == expert:
+                self.seen.append(rows[:0].float().cpu())
+            room = EXPERT_ROWS - len(self.seen[expert])
+            self.seen[expert] = torch.cat([self.seen[expert], rows[:room].float().cpu()])
+            read.append(rows)
+        super().__call__(experts, (x if self.projection == "gate_up_proj" else torch.cat(read),))
+
+    def result(self) -> SiteStatistics:
+        return replace(super().result(), expert_samples=tuple(self.seen))
 
 
 @torch.no_grad()
@@ -56,9 +96,9 @@ def calibrate(
 
     sites: site -> names of the layers that read it; the first one is listened to. batch_size: windows at a time.
     """
-    collectors = {site: _Collector(max(1, SAMPLE_ROWS // len(windows)), windows.shape[1]) for site in sites}
-    first_layers = {model.get_submodule(names[0]): collectors[site] for site, names in sites.items()}
-    with _listening(first_layers):
+    rows, window = max(1, SAMPLE_ROWS // len(windows)), windows.shape[1]
+    collectors = {site: _collector(names[0], rows, window) for site, names in sites.items()}
+    with _listening(model, {names[0]: collectors[site] for site, names in sites.items()}):
         done = 0
         for batch in windows.split(batch_size):
             model(batch.to(model.device), use_cache=False, logits_to_keep=1)
@@ -67,9 +107,18 @@ def calibrate(
     return {site: collector.result() for site, collector in collectors.items()}
 
 
+def _collector(layer: str, rows_per_window: int, window: int) -> _Collector:
+    if kind_of(layer) is Kind.EXPERTS:
+        return _ExpertCollector(rows_per_window, layer.rpartition(".")[2])
+    return _Collector(rows_per_window, window)
+
+
 @contextmanager
-def _listening(layers: Mapping[nn.Module, _Collector]) -> Iterator[None]:
-    handles = [layer.register_forward_pre_hook(collector) for layer, collector in layers.items()]
+def _listening(model: PreTrainedModel, layers: Mapping[str, _Collector]) -> Iterator[None]:
+    handles = []
+    for name, collector in layers.items():
+        module = name.rpartition(".")[0] if isinstance(collector, _ExpertCollector) else name
+        handles.append(model.get_submodule(module).register_forward_pre_hook(collector))
     try:
         yield
     finally:

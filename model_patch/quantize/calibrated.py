@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from model_patch.errors import CheckpointError
+from model_patch.architectures import Kind, kind_of, weight_name
+from model_patch.errors import CheckpointError, UnsupportedModelError
 from model_patch.evaluate import check_vocabulary, text_windows, tokenize_file
 from model_patch.load import load_model, load_tokenizer
 from model_patch.progress import Progress, no_progress
-from model_patch.quantize.awq import search_awq_scales
+from model_patch.quantize.awq import search_awq_scales, search_expert_scales
 from model_patch.quantize.calibrate import calibrate
 from model_patch.quantize.checkpoint import QuantizePlan
-from model_patch.quantize.moments import collect_moments
+from model_patch.quantize.moments import collect_moments, refuse_experts
 from model_patch.quantize.streamed import batch_size, forgetting_activations, load_streamed
 
 WINDOW = 512  # tokens
@@ -23,11 +24,16 @@ WINDOW = 512  # tokens
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Both by the layer's name in the model, the layers of a site with the same tensor. awq_scales: fp16 [K]; empty
-    where the plan has none. moments: fp32 [K, K] of the inputs; empty where not asked for."""
+    """awq_scales, moments: by the layer's name in the model, the layers of a site with the same tensor. The scales are
+    fp16 [K], none where the plan has none; the moments fp32 [K, K] of the inputs, none where not asked for.
+
+    rare_experts: layers.N.mlp.experts -> those that saw too few tokens to be judged by their own; empty after a resumed
+    run.
+    """
 
     awq_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     moments: dict[str, torch.Tensor] = field(default_factory=dict)
+    rare_experts: dict[str, list[int]] = field(default_factory=dict)
 
 
 def calibrate_plan(
@@ -44,8 +50,12 @@ def calibrate_plan(
 
     streamed: read the model layer by layer, each time it is run, in place of loading it as a whole; what comes out is
     the same but for the order of sums. Raises CheckpointError for a text shorter than one window, or with tokens that
-    the model does not know.
+    the model does not know; UnsupportedModelError for feedback of experts, or experts layer by layer.
     """
+    if feedback:
+        refuse_experts(plan.layers.sites())
+    if streamed and any(kind_of(name) is Kind.EXPERTS for name in plan.layers.bits):
+        raise UnsupportedModelError("experts cannot be calibrated layer by layer: --whole, or --no-awq, does without")
     batch = calibration_batch(plan.source.where, text, windows)
     model = load_for_calibration(plan.source.where, device, streamed)
     check_vocabulary(batch, model)
@@ -56,7 +66,7 @@ def calibrate_plan(
     result = Calibrated()
     if plan.config.awq:
         told = partial(_tell, progress, 0, total)
-        result.awq_scales.update(_scales(plan, model, batch, told, at_a_time))
+        _find_scales(result, plan, model, batch, told, at_a_time)
     if feedback:
         told = partial(_tell, progress, awq_steps, total)
         with forgetting_activations(model) if streamed else nullcontext():
@@ -85,17 +95,26 @@ def _tell(progress: Progress, before: int, total: int, done: int, of: int, what:
     progress(before + done, total, what)
 
 
-def _scales(
-    plan: QuantizePlan, model: PreTrainedModel, batch: torch.Tensor, progress: Progress, at_a_time: int
-) -> dict[str, torch.Tensor]:
-    """AWQ scales of each layer; progress counts the windows, then the sites."""
+def _find_scales(
+    result: Calibrated,
+    plan: QuantizePlan,
+    model: PreTrainedModel,
+    batch: torch.Tensor,
+    progress: Progress,
+    at_a_time: int,
+) -> None:
+    """Fill in the AWQ scales of each layer; progress counts the windows, then the sites."""
     sites = plan.layers.sites()
     total = len(batch) + len(sites)
     statistics = calibrate(model, batch, sites, progress, at_a_time)
-    scales: dict[str, torch.Tensor] = {}
     for index, (site, names) in enumerate(sites.items()):
-        weights = [plan.source.read(f"{plan.names[name]}.weight", model.device) for name in names]
-        found, _ = search_awq_scales(statistics[site], weights, [plan.layers.bits[name] for name in names])
-        scales |= dict.fromkeys(names, found)
+        weights = [plan.source.read(weight_name(plan.names[name]), model.device) for name in names]
+        bits = [plan.layers.bits[name] for name in names]
+        if kind_of(names[0]) is Kind.EXPERTS:
+            found, _ = search_expert_scales(statistics[site], weights[0], bits[0])
+            if rare := statistics[site].rare_experts:
+                result.rare_experts[site.rpartition(".")[0]] = rare
+        else:
+            found, _ = search_awq_scales(statistics[site], weights, bits)
+        result.awq_scales.update(dict.fromkeys(names, found))
         progress(len(batch) + index + 1, total, site)
-    return scales

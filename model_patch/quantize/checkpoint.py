@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from model_patch.architectures import LayerPlan, canonical
+from model_patch.architectures import LayerPlan, canonical, weight_name
 from model_patch.checkpoint.package import DEFAULT_SHARD_SIZE, write_quantized
 from model_patch.checkpoint.reader import Checkpoint, read_config
 from model_patch.checkpoint.strict import PARTS, check_checkpoint
@@ -18,6 +18,7 @@ from model_patch.patch import plan_model
 from model_patch.progress import Progress, no_progress
 from polar_kernels import BLOCK_SIZE, PolarError, PolarWeight, lloyd_max_levels, quantize_weight
 from polar_kernels.errors import ArgumentError
+from polar_kernels.experts import quantize_experts
 from polar_kernels.hadamard import padded_size
 from polar_kernels.packing import packed_size
 
@@ -48,7 +49,7 @@ class QuantizePlan:
         """Bytes of the layer `name` before and after."""
         stored = self.names[name]
         after = sum(self.layout[key].nbytes for part in PARTS if (key := f"{stored}.{part}") in self.layout)
-        return self.source.tensors[f"{stored}.weight"].nbytes, after
+        return self.source.tensors[weight_name(stored)].nbytes, after
 
     def code_bytes(self, name: str) -> int:
         """Bytes of the codes of the layer `name`."""
@@ -76,7 +77,7 @@ def plan_checkpoint(
     check_checkpoint(model, checkpoint)
     layers = plan_model(model, config)
     by_short = {canonical(name): name for name in checkpoint.tensors}
-    names = {name: by_short[canonical(f"{name}.weight")].removesuffix(".weight") for name in layers.bits}
+    names = {name: by_short[canonical(weight_name(name))].removesuffix(".weight") for name in layers.bits}
     awq_layers = {name for members in layers.sites().values() for name in members} if awq else set()
     stored_bits = {names[name]: bits for name, bits in layers.bits.items()}
     second_copies = {canonical(name) for name in model.all_tied_weights_keys}
@@ -85,10 +86,9 @@ def plan_checkpoint(
         if canonical(name) in second_copies:
             continue
         layer = name.removesuffix(".weight")
-        if layer in stored_bits and name.endswith(".weight"):
-            rows, columns = checkpoint.tensors[name].shape
+        if layer in stored_bits and name == weight_name(layer):
             scaled = layer in {names[n] for n in awq_layers}
-            layout |= _parts(layer, rows, columns, stored_bits[layer], scaled)
+            layout |= _parts(layer, checkpoint.tensors[name].shape, stored_bits[layer], scaled)
         else:
             layout[name] = passthrough(checkpoint, name)
     return QuantizePlan(layers, names, layout, checkpoint, config.resolved(layers, awq))
@@ -127,7 +127,8 @@ def quantize_checkpoint(
             return plan.source.read(name)
         if name not in ready:
             weight = quantize_layer(plan.source, layer, bits[layer], scales.get(layer), seconds.get(layer), device)
-            ready.update({f"{layer}.{key}": getattr(weight, key) for key in PARTS if getattr(weight, key) is not None})
+            parts = {f"{layer}.{key}": part for key in PARTS if (part := getattr(weight, key)) is not None}
+            ready.update({key: part.view(plan.layout[key].shape) for key, part in parts.items()})
             progress(places[layer], len(bits), layer)
         return ready.pop(name)
 
@@ -168,19 +169,27 @@ def quantize_layer(
     moments: torch.Tensor | None,
     device: torch.device | str,
 ) -> PolarWeight:
-    """One layer of a checkpoint, by its name there. Raises QuantizationError naming the file and the tensor."""
+    """One layer of a checkpoint, by its name there; experts [E, N, K] as one weight [E * N, K].
+
+    Raises QuantizationError naming the file and the tensor.
+    """
+    name = weight_name(layer)
+    weight = source.read(name, device)
     try:
-        return quantize_weight(source.read(f"{layer}.weight", device), bits, awq_scales=awq_scales, moments=moments)
+        if weight.dim() == 3:
+            return quantize_experts(weight, bits, awq_scales=awq_scales, moments=moments)
+        return quantize_weight(weight, bits, awq_scales=awq_scales, moments=moments)
     except PolarError as error:
-        raise type(error)(f"{source.tensors[f'{layer}.weight'].file}: {layer}.weight: {error}") from error
+        raise type(error)(f"{source.tensors[name].file}: {name}: {error}") from error
 
 
-def _parts(layer: str, rows: int, columns: int, bits: int, scaled: bool) -> dict[str, torch.Tensor]:
-    """Meta tensors of a quantised layer."""
+def _parts(layer: str, shape: tuple[int, ...], bits: int, scaled: bool) -> dict[str, torch.Tensor]:
+    """Meta tensors of a quantised layer; shape: of its weight."""
+    *rows, columns = shape
     padded = padded_size(columns)
     parts = {
-        f"{layer}.packed": torch.empty(rows, packed_size(padded, bits), dtype=torch.uint8, device="meta"),
-        f"{layer}.norms": torch.empty(rows, padded // BLOCK_SIZE, dtype=torch.float16, device="meta"),
+        f"{layer}.packed": torch.empty(*rows, packed_size(padded, bits), dtype=torch.uint8, device="meta"),
+        f"{layer}.norms": torch.empty(*rows, padded // BLOCK_SIZE, dtype=torch.float16, device="meta"),
     }
     if scaled:
         parts[f"{layer}.awq_scales"] = torch.empty(columns, dtype=torch.float16, device="meta")

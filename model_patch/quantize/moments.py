@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from model_patch.architectures import Kind, names_of_kind
+from model_patch.errors import UnsupportedModelError
 from model_patch.progress import Progress, no_progress
 
 _QUANTILE = 0.99  # of a window's weights, above which they are cut: single tokens would outweigh all others
@@ -43,6 +45,12 @@ class _Site:
         self.x, self.weights = None, 0.0
 
 
+def refuse_experts(sites: Mapping[str, Sequence[str]]) -> None:
+    """Raise UnsupportedModelError for sites with experts, each of which sees inputs of its own."""
+    if found := [site for site, names in sites.items() if names_of_kind(names, Kind.EXPERTS)]:
+        raise UnsupportedModelError(f"error feedback is not done for experts, which {found[0]} has: use AWQ instead")
+
+
 @torch.enable_grad()
 def collect_moments(
     model: PreTrainedModel,
@@ -53,8 +61,9 @@ def collect_moments(
 ) -> dict[str, torch.Tensor]:
     """Site -> fp32 [K, K], up to a factor, from token `windows` [W, T] run forth and back through the whole model.
 
-    sites: site -> names of the layers that read it. batch_size: windows at a time.
+    sites: site -> names of the layers that read it. batch_size: windows at a time. Raises as `refuse_experts` does.
     """
+    refuse_experts(sites)
     found = {site: _Site() for site in sites}
     device = model.device
     draw = torch.Generator(device).manual_seed(_SEED)

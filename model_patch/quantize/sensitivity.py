@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from model_patch.architectures import weight_name
 from model_patch.config import PolarQuantConfig, matches
 from model_patch.errors import ConfigError
 from model_patch.evaluate import Reference, evaluate, model_reference
@@ -137,7 +138,7 @@ def _quantized(
     model: PreTrainedModel, plan: QuantizePlan, names: Sequence[str], calibrated: Calibrated
 ) -> Iterator[None]:
     """The model with the weights of some layers as the plan would leave them."""
-    weights = {name: model.get_submodule(name).weight.data for name in names}
+    weights = {name: model.get_parameter(weight_name(name)).data for name in names}
     originals = {name: weight.clone() for name, weight in weights.items()}
     try:
         for name, weight in weights.items():
@@ -150,7 +151,7 @@ def _quantized(
                 weight.device,
             )
             parts = (made.packed, made.norms, made.awq_scales, made.centroids)
-            weight.copy_(ops.dequantize(*parts, made.in_features, torch.float32))
+            weight.copy_(ops.dequantize(*parts, made.in_features, torch.float32).view_as(weight))
         yield
     finally:
         for name, weight in weights.items():

@@ -19,17 +19,21 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3_5Config,
+    Qwen3_5MoeConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
     Qwen3VLConfig,
 )
 
 from model_patch import PolarQuantConfig, patch_model
+from model_patch.architectures import Kind, kind_of, weight_name
 from model_patch.demo import EVALUATION_TEXT, MODEL
 
 VOCABULARY, IMAGE_TOKEN = 512, 500
-VISION_LANGUAGE = ("qwen3_5", "qwen3_vl_tied")
+VISION_LANGUAGE = ("qwen3_5", "qwen3_vl_tied", "qwen3_5_moe")
+EXPERTS = ("qwen3_moe", "qwen3_5_moe")
 
 _DECODER = {
     "vocab_size": VOCABULARY,
@@ -51,6 +55,12 @@ _GATED_DELTA_NET = {
     "linear_num_value_heads": 4,
     "linear_value_head_dim": 32,
 }
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_interleaved": True}
 _VISION = {
     "depth": 1,
@@ -69,10 +79,10 @@ _MEDIA_TOKENS = {
 }
 
 
-def _qwen3_5() -> PreTrainedConfig:
+def _qwen3_5(config_class: type[PreTrainedConfig] = Qwen3_5Config, **more: Any) -> PreTrainedConfig:
     rope = _ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [3, 3, 2]}
-    text = _DECODER | _GATED_DELTA_NET | {"rope_parameters": rope}
-    return Qwen3_5Config(text_config=text, vision_config=_VISION, **_MEDIA_TOKENS)
+    text = _DECODER | _GATED_DELTA_NET | {"rope_parameters": rope} | more
+    return config_class(text_config=text, vision_config=_VISION, **_MEDIA_TOKENS)
 
 
 def _qwen3_vl() -> PreTrainedConfig:
@@ -88,6 +98,8 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_5_text": lambda: Qwen3_5TextConfig(**_DECODER | _GATED_DELTA_NET),
     "qwen3_5": _qwen3_5,
     "qwen3_vl_tied": _qwen3_vl,
+    "qwen3_moe": lambda: Qwen3MoeConfig(**_DECODER | _EXPERTS),
+    "qwen3_5_moe": lambda: _qwen3_5(Qwen3_5MoeConfig, **_EXPERTS),
 }
 
 
@@ -149,10 +161,8 @@ class Zoo:
 
         generator = torch.Generator().manual_seed(1)
         sites = plan_model(model, PolarQuantConfig()).sites()
-        drawn = {
-            site: torch.rand(model.get_submodule(names[0]).in_features, generator=generator).mul(2).sub(1).exp2()
-            for site, names in sites.items()
-        }
+        widths = {site: model.get_parameter(weight_name(names[0])).shape[-1] for site, names in sites.items()}
+        drawn = {site: torch.rand(width, generator=generator).mul(2).sub(1).exp2() for site, width in widths.items()}
         return {name: drawn[site] for site, names in sites.items() for name in names}
 
     def load(
@@ -198,7 +208,7 @@ class Zoo:
         return Content(tensors, metadata, json.loads((folder / "config.json").read_text()))
 
     def _master(self, name: str) -> PreTrainedModel:
-        torch.manual_seed(sorted(CONFIGS).index(name))
+        torch.manual_seed(list(CONFIGS).index(name))
         model = self.auto_class(name).from_config(CONFIGS[name](), dtype=torch.float32).eval()
         with torch.no_grad():
             for key, parameter in model.named_parameters():
@@ -219,6 +229,12 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=[name for name in CONFIGS if name not in EXPERTS])
+def dense(request: pytest.FixtureRequest) -> str:
+    """Each architecture without experts in turn."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def relative_error() -> Callable[[torch.Tensor, torch.Tensor], float]:
     """Frobenius norm of the difference over that of the expected value."""
@@ -231,12 +247,13 @@ def relative_error() -> Callable[[torch.Tensor, torch.Tensor], float]:
 
 @pytest.fixture(scope="session")
 def layer_types() -> Callable[[torch.nn.Module], dict[str, str]]:
-    """Module name -> class name, of every module that holds or reads a weight."""
+    """Name -> class name, of every module that holds or reads a weight, and of plain experts."""
 
     def describe(model: torch.nn.Module) -> dict[str, str]:
         types = {name: type(module).__name__ for name, module in model.named_modules()}
-        kinds = ("Linear", "Embedding", "PolarLinear", "PolarEmbedding", "TiedPolarHead")
-        return {name: kind for name, kind in types.items() if kind in kinds}
+        kinds = ("Linear", "Embedding", "PolarLinear", "PolarEmbedding", "TiedPolarHead", "PolarExpertProjection")
+        experts = {name: "Parameter" for name, _ in model.named_parameters() if kind_of(name) is Kind.EXPERTS}
+        return {name: kind for name, kind in types.items() if kind in kinds} | experts
 
     return describe
 

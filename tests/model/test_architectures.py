@@ -53,6 +53,10 @@ def test_canonical_keeps_the_names_of_the_other_parts() -> None:
         ("layers.0.mlp.gate_proj", Kind.LINEAR, "layers.0.mlp.in"),
         ("layers.0.mlp.up_proj", Kind.LINEAR, "layers.0.mlp.in"),
         ("layers.0.mlp.down_proj", Kind.LINEAR, "layers.0.mlp.out"),
+        ("layers.0.mlp.shared_expert.up_proj", Kind.LINEAR, "layers.0.mlp.shared_expert.in"),
+        ("layers.0.mlp.shared_expert.down_proj", Kind.LINEAR, "layers.0.mlp.shared_expert.out"),
+        ("layers.0.mlp.experts.gate_up_proj", Kind.EXPERTS, "layers.0.mlp.experts.in"),
+        ("layers.0.mlp.experts.down_proj", Kind.EXPERTS, "layers.0.mlp.experts.out"),
     ],
 )
 def test_role_of_quantised_modules(prefix: str, name: str, kind: Kind, site: str | None) -> None:
@@ -80,6 +84,7 @@ def test_the_head_is_a_site_of_its_own() -> None:
         ("model.layers.0.linear_attn.in_proj_a", "decay and beta gates of GatedDeltaNet"),
         ("model.language_model.layers.0.linear_attn.in_proj_b", "decay and beta gates of GatedDeltaNet"),
         ("model.layers.0.linear_attn.conv1d", "short convolution"),
+        ("model.layers.0.mlp.shared_expert_gate", "gate of the shared expert"),
         ("model.layers.0.mlp.gate", "not a projection of the decoder"),
         ("model.layers.0.self_attn.qkv_proj", "not a projection of the decoder"),
         ("model.layers.0.cross_attn.q_proj", "not a projection of the decoder"),
@@ -116,10 +121,10 @@ def test_qwen3_5_9b() -> None:
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_supported_model_types(model_type: str) -> None:
     assert check_model_type(model_type) == model_type
-    assert is_vision_language(model_type) == (SUPPORTED[model_type] == "Qwen3.5" or model_type.endswith("vl"))
+    assert is_vision_language(model_type) == (model_type in ("qwen3_5", "qwen3_5_moe") or model_type.endswith("vl"))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "Qwen3", None, 3])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_vl_moe", "Qwen3", None, 3])
 def test_unsupported_model_types_are_refused_with_the_known_ones(model_type: object) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         check_model_type(model_type)

@@ -8,7 +8,7 @@ import torch
 from polar_bench import models, report
 from polar_bench.random_model import model_config, random_model
 from polar_bench.step_profile import Kernel, KindOfWork, kinds_of_work
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3_5MoeTextConfig
 from typer.testing import CliRunner
 
 from model_patch.cli.app import app
@@ -17,7 +17,10 @@ from model_patch.errors import ConfigError, UnsupportedModelError
 from polar_kernels import PolarLinear, PolarModule
 
 
-@pytest.mark.parametrize(("name", "billions"), [("qwen3.5-4b", 4.21), ("qwen3.5-9b", 8.95), ("qwen3.5-27b", 26.9)])
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("qwen3.5-4b", 4.21), ("qwen3.5-9b", 8.95), ("qwen3.5-27b", 26.9), ("qwen3.5-35b-a3b", 34.66)],
+)
 def test_the_known_shapes_are_those_of_the_models(name: str, billions: float) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config(name))
@@ -59,6 +62,27 @@ def test_storages_are_counted_once(device: torch.device) -> None:
     model = torch.nn.Linear(10, 10, bias=False, device=device)
     model.register_buffer("view", model.weight.data[:3])
     assert models.weight_bytes(model) == 400
+
+
+@pytest.fixture
+def small_moe() -> Qwen3_5MoeTextConfig:
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "vocab_size": 512, "head_dim": 32, "num_experts": 8}
+    heads = {"num_attention_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
+    experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128}
+    return Qwen3_5MoeTextConfig(**sizes, **heads, **experts)
+
+
+@pytest.mark.parametrize("bits", [5, None])
+def test_a_random_mixture_of_experts(device: torch.device, small_moe: Qwen3_5MoeTextConfig, bits: int | None) -> None:
+    model = random_model(small_moe, bits, device, torch.float32)
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    with torch.no_grad():
+        assert model(torch.randint(0, 512, (2, 16), device=device)).logits.isfinite().all()
+    experts = sum(models.weight_bytes(layer.mlp.experts) for layer in model.model.layers)
+    embedding = models.weight_bytes(model.get_input_embeddings())
+    for batch, left_out in ((1, 6 / 8), (2, (6 / 8) ** 2)):
+        read = models.weight_bytes(model) - embedding - left_out * experts
+        assert models.read_bytes(model, batch) == pytest.approx(read, abs=2)
 
 
 @pytest.mark.parametrize("bits", [5, None])
@@ -179,7 +203,9 @@ def test_a_profile_needs_a_gpu() -> None:
 
 
 def test_a_config_that_is_none(tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"is none of qwen3\.5-4b, qwen3\.5-9b, qwen3\.5-27b, and no checkpoint's"):
+    with pytest.raises(
+        ConfigError, match=r"is none of qwen3\.5-4b, qwen3\.5-9b, qwen3\.5-27b, qwen3\.5-35b-a3b, and no checkpoint's"
+    ):
         model_config(str(tmp_path / "nothing"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(UnsupportedModelError, match="gpt2"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from model_patch import ConfigError, PolarQuantConfig, demo
+from model_patch import ConfigError, PolarQuantConfig, UnsupportedModelError, demo
 from model_patch.cli.app import app
 from model_patch.quantize import calibrate_plan, plan_checkpoint, streamed
 from model_patch.quantize.streamed import fits, forgetting_activations, load_streamed
@@ -116,3 +116,10 @@ def test_a_target_takes_the_model_whole(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, ConfigError)
     assert "leave out --layer-by-layer" in str(result.exception)
+
+
+@pytest.mark.parametrize("options", [{"awq": True}, {"awq": False}])
+def test_experts_are_refused(zoo: Any, options: dict[str, bool]) -> None:
+    plan = plan_checkpoint(zoo.checkpoint("qwen3_moe"), PolarQuantConfig(), **options)
+    with pytest.raises(UnsupportedModelError, match="--whole"):
+        calibrate_plan(plan, demo.CALIBRATION_TEXT, zoo.device, 1, streamed=True)

@@ -173,27 +173,23 @@ def test_levels_come_from_the_file_and_go_back_to_it(zoo: Any, loader: str, tmp_
 # On the fly
 
 
-def test_on_the_fly_is_patch_model_bit_for_bit(zoo: Any, architecture: str) -> None:
+def test_on_the_fly_is_patch_model_bit_for_bit(zoo: Any, dense: str) -> None:
     def config() -> PolarQuantConfig:
         return PolarQuantConfig(4, {"*.layers.1.*": 3}, ["*.k_proj"])
 
-    loaded = zoo.load(architecture, zoo.checkpoint(architecture), torch.bfloat16, quantization_config=config())
-    patched = load_model(zoo.checkpoint(architecture), device=zoo.device, dtype=torch.bfloat16)
+    loaded = zoo.load(dense, zoo.checkpoint(dense), torch.bfloat16, quantization_config=config())
+    patched = load_model(zoo.checkpoint(dense), device=zoo.device, dtype=torch.bfloat16)
     report = patch_model(patched, config())
     assert {name: module.bits for name, module in polar_modules(loaded).items()} == report.replaced
     assert same_tensors(loaded, patched)
-    assert torch.equal(zoo.logits(architecture, loaded), zoo.logits(architecture, patched))
+    assert torch.equal(zoo.logits(dense, loaded), zoo.logits(dense, patched))
 
 
-def test_what_was_quantised_on_the_fly_saves_as_if_patched(zoo: Any, architecture: str, tmp_path: Path) -> None:
-    loaded = zoo.load(
-        architecture, zoo.checkpoint(architecture), torch.bfloat16, quantization_config=PolarQuantConfig()
-    )
+def test_what_was_quantised_on_the_fly_saves_as_if_patched(zoo: Any, dense: str, tmp_path: Path) -> None:
+    loaded = zoo.load(dense, zoo.checkpoint(dense), torch.bfloat16, quantization_config=PolarQuantConfig())
     loaded.save_pretrained(tmp_path / "saved")
-    assert shards(tmp_path / "saved") == shards(zoo.quantized(architecture))
-    config, expected = (
-        zoo.read(f).config["quantization_config"] for f in (tmp_path / "saved", zoo.quantized(architecture))
-    )
+    assert shards(tmp_path / "saved") == shards(zoo.quantized(dense))
+    config, expected = (zoo.read(f).config["quantization_config"] for f in (tmp_path / "saved", zoo.quantized(dense)))
     assert config == expected
 
 
@@ -262,7 +258,7 @@ def test_stored_tensors_keep_their_dtypes(
                 stored[f"{name}.{part}"].dtype,
                 zoo.device.type,
             )
-            assert tensor is None or torch.equal(tensor.cpu(), stored[f"{name}.{part}"])
+            assert tensor is None or torch.equal(tensor.cpu(), stored[f"{name}.{part}"].view(tensor.shape))
     assert {parameter.dtype for parameter in model.parameters()} == {plain}
     assert model.get_input_embeddings().dtype == plain
     assert zoo.logits(architecture, model).dtype == plain

@@ -14,6 +14,7 @@ from torch import nn
 from model_patch.architectures import Kind, canonical, names_of_kind
 from model_patch.checkpoint.reader import Checkpoint
 from model_patch.config import PolarQuantConfig
+from model_patch.errors import UnsupportedModelError
 from model_patch.patch import plan_model
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
 from polar_kernels.packing import BitOrder, packed_size
@@ -96,6 +97,8 @@ class Structure:
     def of(cls, model: nn.Module) -> "Structure":
         """The structure of an unpatched model; meta tensors do. Raises UnsupportedModelError."""
         plan = plan_model(model, PolarQuantConfig())
+        if names_of_kind(plan.bits, Kind.EXPERTS):
+            raise UnsupportedModelError("published layouts of mixtures of experts are not read: quantise the original")
         names = [*plan.bits, *plan.kept, *([plan.tied_head] if plan.tied_head else [])]
         weights = {name: model.get_parameter(f"{name}.weight") for name in names}
         shapes = {canonical(name): (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
