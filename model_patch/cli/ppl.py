@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from model_patch.cli.options import AsJson, Device, DType, Exact, Folder, pick_device, pick_dtype, print_json
 from model_patch.errors import ConfigError
-from model_patch.evaluate import Convention, Evaluation, evaluate, tokenize_file
+from model_patch.evaluate import Convention, Evaluation, check_windows, evaluate, tokenize_file
 from model_patch.load import find_checkpoint, load_model, load_tokenizer
 from model_patch.logits_cache import LogitsCache, open_cache
 from model_patch.patch import set_activation
@@ -43,6 +43,7 @@ def ppl(
     """
     if logits_cache is not None and against is None:
         raise ConfigError("--logits-cache keeps the predictions of another model: name it with --against")
+    check_windows(convention, window, stride)
     target = pick_device(device)
     picked = pick_dtype(dtype, target)
     tokens = tokenize_file(load_tokenizer(folder), text)

@@ -618,6 +618,13 @@ def test_ppl_states_its_windows(tiny: Path, prose: Path) -> None:
     assert "side by side" in message
 
 
+def test_ppl_refuses_a_window_of_which_nothing_is_scored(prose: Path, tmp_path: Path) -> None:
+    """Before a model is looked for."""
+    options = ("--text", prose, "--window", 2, "--convention", "llama.cpp")
+    message = _refused(ConfigError, "ppl", tmp_path / "none", *options)
+    assert message == "window: with llama.cpp it must have at least 3 tokens, found 2: none would be scored"
+
+
 def test_ppl_with_kept_predictions(
     tiny: Path, packed: Path, prose: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
