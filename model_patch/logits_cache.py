@@ -7,7 +7,6 @@ would move it by some 1e-6. What is read is normalised again.
 """
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
 from model_patch.checkpoint.fingerprint import checkpoint_fingerprint, differences, tokens_digest
-from model_patch.checkpoint.writer import write_json
+from model_patch.checkpoint.writer import is_unfinished, write_json, write_whole
 from model_patch.errors import CheckpointError, ConfigError, OutputError
 from model_patch.evaluate import Convention, Reference, model_reference
 
@@ -45,14 +44,10 @@ class LogitsCache:
         if self._compute is None:
             self._compute = model_reference(self._load(), self._tokens)
         stored = _encode(self._compute(index, ids, scored))
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
         try:
-            partial.write_bytes(save(stored))
-            os.replace(partial, path)
+            write_whole(path, save(stored))
         except OSError as error:
             raise OutputError(f"{path}: could not be written: {error}; the windows before it are kept") from error
-        finally:
-            partial.unlink(missing_ok=True)
         return stored
 
 
@@ -83,7 +78,7 @@ def open_cache(
     if path.exists():
         if different := differences(record, _read_record(path)):
             raise ConfigError(f"{folder}: its predictions are of another {', '.join(different)}: choose another folder")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and not (folder.is_dir() and all(map(is_unfinished, folder.iterdir()))):
         raise ConfigError(f"{folder}: is no cache of predictions, and not empty: choose another folder")
     else:
         try:

@@ -6,6 +6,7 @@ from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from model_patch import CheckpointError, ConfigError, OutputError, PolarQuantConfig, patch_model
+from model_patch.checkpoint import writer
 from model_patch.evaluate import Convention, evaluate
 from model_patch.logits_cache import LogitsCache, _decode, _encode, open_cache
 
@@ -178,17 +180,48 @@ def test_another_vocabulary_is_refused(
         evaluate(quantized, tokens, window=WINDOW, reference=open_in(tmp_path, never))
 
 
-def test_a_full_disk_leaves_nothing_half_written(
-    quantized: PreTrainedModel, tokens: torch.Tensor, open_in: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From then on only half of what is written at once fits."""
     write = Path.write_bytes
 
     def full(self: Path, content: bytes) -> int:
         write(self, content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
+    def fill() -> None:
+        monkeypatch.setattr(Path, "write_bytes", full)
+        monkeypatch.setattr(Path, "write_text", lambda self, text, encoding=None: full(self, text.encode()))
+
+    return fill
+
+
+def test_a_full_disk_leaves_no_half_record(open_in: Open, fill_the_disk: Callable[[], None], tmp_path: Path) -> None:
+    fill_the_disk()
+    with pytest.raises(OutputError, match="cannot be written: No space left"):
+        open_in(tmp_path)
+    assert files(tmp_path) == []
+
+
+def test_what_a_killed_run_had_in_work_is_no_hindrance(
+    open_in: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr(writer.os, "replace", Mock(side_effect=OSError))
+        killed.setattr(Path, "unlink", Mock())
+        with pytest.raises(OutputError):
+            open_in(tmp_path)
+    (left,) = files(tmp_path)
+    assert left.startswith(".unfinished-")
+    open_in(tmp_path)
+    assert "cache.json" in files(tmp_path)
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    quantized: PreTrainedModel, tokens: torch.Tensor, open_in: Open, fill_the_disk: Callable[[], None], tmp_path: Path
+) -> None:
     cache = open_in(tmp_path)
-    monkeypatch.setattr(Path, "write_bytes", full)
+    fill_the_disk()
     with pytest.raises(OutputError, match=r"window-000000\.safetensors: could not be written: .*No space left"):
         evaluate(quantized, tokens, window=WINDOW, reference=cache)
     assert files(tmp_path) == ["cache.json"]
