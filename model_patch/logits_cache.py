@@ -19,6 +19,7 @@ from model_patch.checkpoint.fingerprint import checkpoint_fingerprint, differenc
 from model_patch.checkpoint.writer import is_unfinished, write_json, write_whole
 from model_patch.errors import CheckpointError, ConfigError, OutputError
 from model_patch.evaluate import Convention, Reference, model_reference
+from model_patch.progress import Progress, no_progress
 
 _CODES = 1 << 16
 _LOWEST = -100.0  # nats: below, a probability is nothing, and would make all steps coarser
@@ -61,13 +62,15 @@ def open_cache(
     stride: int | None,
     convention: Convention,
     dtype: torch.dtype | str,
+    progress: Progress = no_progress,
 ) -> LogitsCache:
     """The cache in `folder`, made when there is none, of the checkpoint `source`, which `load_reference` loads.
 
+    progress: of reading the whole source, whose fingerprint is taken.
     Raises ConfigError when the folder has the predictions of another model, text or windows, or is something else.
     """
     record: dict[str, object] = {
-        "source": checkpoint_fingerprint(source),
+        "source": checkpoint_fingerprint(source, progress),
         "tokens": tokens_digest(tokens),
         "window": window,
         "stride": stride or window,

@@ -9,9 +9,9 @@ import typer
 from model_patch.cli.options import AsJson, Device, parse_dtype, pick_device, print_json, print_table
 from model_patch.demo import CALIBRATION_WINDOWS
 from model_patch.errors import ConfigError
-from model_patch.evaluate import Convention, tokenize_file
+from model_patch.evaluate import tokenize_file
 from model_patch.load import find_checkpoint, load_model, load_tokenizer
-from model_patch.logits_cache import open_cache
+from model_patch.logits_cache import LogitsCache
 from model_patch.progress import progress_bar
 from model_patch.quantize.calibrated import calibration_batch
 
@@ -47,16 +47,7 @@ def ablate(
     with progress_bar("calibrate") as progress:
         calibrated = runner.calibrate_sites(original, batch, next(iter(plans.values())).layers.sites(), progress)
     with tempfile.TemporaryDirectory() as scratch, progress_bar("ablate") as progress:
-        reference = open_cache(
-            Path(scratch),
-            source,
-            tokens,
-            lambda: original,
-            window=window,
-            stride=None,
-            convention=Convention.hugging_face,
-            dtype=picked,
-        )
+        reference = LogitsCache(Path(scratch), tokens, lambda: original)
         measurements = runner.run(
             original, calibrated, tokens, reference, plans, window=window, limit=limit, progress=progress
         )

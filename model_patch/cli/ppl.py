@@ -53,16 +53,18 @@ def ppl(
     if against is not None and logits_cache is None:
         reference = load_model(against, device=target, dtype=picked)
     elif against is not None and logits_cache is not None:
-        reference = open_cache(
-            logits_cache,
-            find_checkpoint(against),
-            tokens,
-            partial(load_model, against, device=target, dtype=picked),
-            window=window,
-            stride=stride,
-            convention=convention,
-            dtype=picked,
-        )
+        with progress_bar("fingerprint") as progress:
+            reference = open_cache(
+                logits_cache,
+                find_checkpoint(against),
+                tokens,
+                partial(load_model, against, device=target, dtype=picked),
+                window=window,
+                stride=stride,
+                convention=convention,
+                dtype=picked,
+                progress=progress,
+            )
     with progress_bar("score") as progress:
         result = evaluate(
             model,

@@ -130,6 +130,14 @@ def test_a_source_with_one_other_number_is_refused(zoo: Any, open_in: Open, tmp_
         open_in(tmp_path / "cache", source=content.write(tmp_path / "other"))
 
 
+def test_progress_of_reading_the_source(zoo: Any, open_in: Open, tmp_path: Path) -> None:
+    told: list[tuple[int, int, str]] = []
+    open_in(tmp_path / "cache", progress=lambda *step: told.append(step))
+    names = sorted(path.name for path in zoo.checkpoint("qwen3").glob("*.safetensors"))
+    names = ["config.json", *names]
+    assert told == [(i + 1, len(names), name) for i, name in enumerate(names)]
+
+
 def test_a_folder_of_something_else_is_refused_and_untouched(open_in: Open, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("x")
     with pytest.raises(ConfigError, match="is no cache of predictions, and not empty"):
