@@ -16,10 +16,13 @@ from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
 from model_patch.checkpoint.fingerprint import checkpoint_fingerprint, differences, tokens_digest
+from model_patch.checkpoint.reader import read_config
 from model_patch.checkpoint.writer import is_unfinished, write_json, write_whole
 from model_patch.errors import CheckpointError, ConfigError, OutputError
 from model_patch.evaluate import Convention, Reference, model_reference
+from model_patch.load import quantization_config
 from model_patch.progress import Progress, no_progress
+from polar_kernels.module import Activation
 
 _CODES = 1 << 16
 _LOWEST = -100.0  # nats: below, a probability is nothing, and would make all steps coarser
@@ -62,12 +65,16 @@ def open_cache(
     stride: int | None,
     convention: Convention,
     dtype: torch.dtype | str,
+    device: torch.device,
+    activation: Activation,
     progress: Progress = no_progress,
 ) -> LogitsCache:
     """The cache in `folder`, made when there is none, of the checkpoint `source`, which `load_reference` loads.
 
+    dtype, device, activation: with which it predicts.
     progress: of reading the whole source, whose fingerprint is taken.
-    Raises ConfigError when the folder has the predictions of another model, text or windows, or is something else.
+    Raises ConfigError when the folder has the predictions of another model, text or windows, or of one that
+    predicts otherwise, or is something else.
     """
     record: dict[str, object] = {
         "source": checkpoint_fingerprint(source, progress),
@@ -76,6 +83,8 @@ def open_cache(
         "stride": stride or window,
         "convention": convention.value,
         "dtype": str(dtype),
+        "device": device.type,
+        "activation": activation if quantization_config(read_config(source)) else None,  # a plain model has no choice
     }
     path = folder / _RECORD
     if path.exists():

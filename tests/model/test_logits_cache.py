@@ -17,6 +17,7 @@ from model_patch import CheckpointError, ConfigError, OutputError, PolarQuantCon
 from model_patch.checkpoint import writer
 from model_patch.evaluate import Convention, evaluate
 from model_patch.logits_cache import LogitsCache, _decode, _encode, open_cache
+from model_patch.quantize import plan_checkpoint, quantize_checkpoint
 
 Open = Callable[..., LogitsCache]
 WINDOW = 20
@@ -40,6 +41,7 @@ def open_in(zoo: Any, tokens: torch.Tensor) -> Open:
 
     def opened(folder: Path, load: Any = None, **changed: Any) -> LogitsCache:
         options = {"window": WINDOW, "stride": None, "convention": Convention.hugging_face, "dtype": torch.float32}
+        options |= {"device": zoo.device, "activation": "int8"}
         source = changed.pop("source", zoo.checkpoint("qwen3"))
         text = changed.pop("tokens", tokens)
         return open_cache(folder, source, text, load or (lambda: zoo.model("qwen3")), **options | changed)
@@ -113,6 +115,7 @@ def test_windows_that_are_missing_are_added(
         ("stride", 3),
         ("convention", Convention.llama_cpp),
         ("dtype", torch.bfloat16),
+        ("device", torch.device("meta")),
         ("tokens", torch.arange(70)),
     ],
 )
@@ -120,6 +123,15 @@ def test_a_cache_of_something_else_is_refused(open_in: Open, key: str, value: An
     open_in(tmp_path / "cache")
     with pytest.raises(ConfigError, match=f"predictions are of another .*{key}"):
         open_in(tmp_path / "cache", **{key: value})
+
+
+def test_the_activation_matters_to_a_quantised_reference(tiny: Path, open_in: Open, tmp_path: Path) -> None:
+    quantize_checkpoint(plan_checkpoint(tiny, PolarQuantConfig(4), awq=False), tmp_path / "quantised")
+    open_in(tmp_path / "cache", source=tmp_path / "quantised")
+    with pytest.raises(ConfigError, match="predictions are of another activation: "):
+        open_in(tmp_path / "cache", source=tmp_path / "quantised", activation="exact")
+    open_in(tmp_path / "of a plain one")
+    open_in(tmp_path / "of a plain one", activation="exact")
 
 
 def test_a_source_with_one_other_number_is_refused(zoo: Any, open_in: Open, tmp_path: Path) -> None:
