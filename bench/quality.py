@@ -25,7 +25,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 def write(result: Result, folder: Path) -> Path:
     """Write JSON and chart; returns the JSON's path."""
     path = report.write_json(result, folder, f"quality-{result['model']}")
-    _draw(result, path.with_suffix(".png"))
+    chart(result).savefig(path.with_suffix(".png"), dpi=120)
     return path
 
 
@@ -62,12 +62,13 @@ def document(results: Sequence[Path], out: Path) -> None:
 _INTRODUCTION = f"""# Quality
 
 Made by `polar ablate` and `bench/quality.py` from its results; do not edit. Every linear layer and the head are
-quantised at the same bits, the embedding stays in bf16. Perplexity with its standard error over the windows; KL
-divergence to the predictions of the bf16 weights, in nats, its mean and what 99 % of the tokens do not exceed; how
-often both rank the same token first. The bf16 row shows what keeping those predictions in 16 bits for the comparison
-costs. "of baseline" is the mean KL over that of "{ablate.BASELINE}" at the same bits. Lines
-that begin with + are Hadamard + Lloyd-Max with the converged table. All variants score the same tokens, so that their
-differences are far surer than the standard error of one perplexity says.
+quantised at the same bits, the embedding stays as it is. Perplexity with its standard error over the windows; KL
+divergence to the predictions of the original weights, in nats, its mean and what 99 % of the tokens do not exceed; how
+often both rank the same token first. The first row, the original by its dtype, shows what keeping those predictions in
+16 bits for the comparison costs. "of baseline" is the mean KL over that of
+"{ablate.BASELINE}" at the same bits. Lines that begin with + are Hadamard +
+Lloyd-Max with the converged table. All variants score the same tokens, so that their differences are far surer than the
+standard error of one perplexity says.
 """
 
 
@@ -92,8 +93,8 @@ def _section(result: Result, path: Path, base: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _draw(result: Result, path: Path) -> None:
-    """Mean KL divergence over the baseline's, a bar for each variant and width."""
+def chart(result: Result) -> Any:
+    """A matplotlib figure: mean KL divergence over the baseline's, a bar for each variant and width."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["variant"] for row in result["rows"] if row["bits"]))
@@ -107,11 +108,12 @@ def _draw(result: Result, path: Path) -> None:
     axes.set_yticks([place + 0.4 - thickness / 2 for place in range(len(names))], names)
     axes.invert_yaxis()
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set(xlabel="mean KL divergence to bf16, over the baseline's")
+    original = next(row["variant"] for row in result["rows"] if not row["bits"])
+    axes.set(xlabel=f"mean KL divergence to {original}, over the baseline's")
     axes.set_title(f"{result['model']}, {result['rows'][0]['windows']} windows of {result['text']}")
     axes.grid(alpha=0.3, axis="x")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 if __name__ == "__main__":  # python -m polar_bench.quality RESULTS DOCUMENT: the document again, without measuring

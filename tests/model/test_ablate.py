@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -169,6 +170,31 @@ def test_rows_of_a_run(calibrated: Any, tiny: Path) -> None:
     assert original.kl_divergence == 0
     assert 0 < wide.kl_divergence < fed.kl_divergence < narrow.kl_divergence
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_original_is_named_by_its_dtype(tiny: Path, calibrated: Any, tmp_path: Path) -> None:
+    model, calibration = calibrated
+    load_model(tiny, device="cpu", dtype=torch.float32).save_pretrained(tmp_path / "wide")
+    tokens = torch.randint(0, 4096, (32,), generator=torch.Generator().manual_seed(0))
+    expect = model_reference(model, tokens)
+    plans = ablate.plans(tmp_path / "wide", [3])
+    first, row = ablate.run(model, calibration, tokens, expect, plans, variants=[variant(ablate.BASELINE)], window=32)
+    assert (first.variant, first.bits, first.bits_per_weight) == ("fp32", 0, 32)
+    result = quality.assemble([first, row], model="wide", text="text")
+    assert quality.table(result, 3)[0][:2] == ["fp32", "32.000"]
+    assert quality.chart(result).axes[0].get_xlabel() == "mean KL divergence to fp32, over the baseline's"
+
+
+def test_an_original_of_several_dtypes(tiny: Path) -> None:
+    """Bits are the mean over the weights."""
+    plan = ablate.plans(tiny, [3])[3]
+    counts = {name: math.prod(plan.source.tensors[f"{plan.names[name]}.weight"].shape) for name in plan.layers.bits}
+    wide = next(name for name in plan.layers.bits if name.endswith("down_proj"))
+    plan.source.tensors[f"{plan.names[wide]}.weight"] = replace(
+        plan.source.tensors[f"{plan.names[wide]}.weight"], dtype=torch.float32
+    )
+    mean = 16 + 16 * counts[wide] / sum(counts.values())
+    assert ablate.original_weights(plan) == ("bf16, fp32", pytest.approx(mean))
 
 
 # The command and its files
