@@ -1,21 +1,24 @@
 """What `polar ablate` leaves: table, JSON, chart, and docs/quality.md made from the JSON."""
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from polar_bench import ablate, report
 from polar_bench.report import Result
 
 COLUMNS = ["weights", "bits a weight", "perplexity", "mean KL", "of baseline", "99 % KL", "same top-1"]
 
 
-def assemble(measurements: Sequence[ablate.Measurement], **settings: Any) -> Result:
-    """The result as it is written to JSON. settings: what was measured on what."""
-    return report.describe() | settings | {"rows": [_flat(asdict(measurement)) for measurement in measurements]}
+def assemble(measurements: Sequence[ablate.Measurement], device: torch.device, **settings: Any) -> Result:
+    """The result as it is written to JSON. device: that it ran on; settings: what was measured on what."""
+    described = report.describe() | ({"gpu": "CPU"} if device.type == "cpu" else {})
+    return described | settings | {"rows": [_flat(asdict(measurement)) for measurement in measurements]}
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
@@ -24,7 +27,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 def write(result: Result, folder: Path) -> Path:
     """Write JSON and chart; returns the JSON's path."""
-    path = report.write_json(result, folder, f"quality-{result['model']}")
+    path = report.write_json(result, folder, f"quality-{result['model'].rpartition('/')[-1]}")
     chart(result).savefig(path.with_suffix(".png"), dpi=120)
     return path
 
@@ -50,6 +53,16 @@ def table(result: Result, bits: int) -> list[list[str]]:
 def widths(result: Result) -> list[int]:
     """The bits that were measured, in the order they were."""
     return list(dict.fromkeys(row["bits"] for row in result["rows"] if row["bits"]))
+
+
+def command(result: Result) -> str:
+    """The command that measures it again; local files are named without the folders they were in."""
+    scored = result["rows"][0]
+    words = ["polar", "ablate", result["model"], "--calibration", result["calibration"]]
+    words += ["--windows", result["calibration_windows"], "--text", result["text"], "--window", scored["window"]]
+    words += ["--limit", scored["windows"], *(word for bits in widths(result) for word in ("--bits", bits))]
+    words += ["--dtype", result["dtype"], *(["--device", "cpu"] if result["gpu"] == "CPU" else [])]
+    return shlex.join(map(str, words))
 
 
 def document(results: Sequence[Path], out: Path) -> None:
@@ -80,7 +93,8 @@ def _section(result: Result, path: Path, base: Path) -> str:
         f"{versions}, {result['gpu']}, {result['dtype']} arithmetic, commit {result['commit']}, {result['date']}.",
         f"Evaluated on {scored['windows']} windows of {scored['window']} tokens of {result['text']}, stride "
         f"{scored['stride']}, {scored['tokens']} tokens scored; calibrated on {result['calibration_windows']} windows "
-        f"of 512 tokens of {result['calibration']}.\n",
+        f"of 512 tokens of {result['calibration']}:\n",
+        f"    {command(result)}\n",
         f"![Mean KL divergence over the baseline's]({report.relative_link(path.with_suffix('.png'), base)})",
     ]
     for bits in widths(result):

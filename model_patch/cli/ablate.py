@@ -53,7 +53,8 @@ def ablate(
         )
     result = quality.assemble(
         measurements,
-        model=source.resolve().name,
+        target,
+        model=source.resolve().name if Path(model).is_dir() else model,
         text=text.name,
         calibration=calibration.name,
         calibration_windows=len(batch),

@@ -2,19 +2,22 @@
 
 import json
 import math
+import shlex
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from polar_bench import ablate, quality
+from polar_bench import ablate, quality, report
 from polar_bench.ablate import VARIANTS, Calibration, Variant
 from typer.testing import CliRunner
 
 from model_patch import ConfigError, PolarQuantConfig, load_model, logits_cache
 from model_patch.checkpoint.reader import Checkpoint
+from model_patch.cli import ablate as command
 from model_patch.cli.app import app
 from model_patch.demo import CALIBRATION_TEXT, EVALUATION_TEXT
 from model_patch.evaluate import evaluate, model_reference
@@ -180,7 +183,7 @@ def test_the_original_is_named_by_its_dtype(tiny: Path, calibrated: Any, tmp_pat
     plans = ablate.plans(tmp_path / "wide", [3])
     first, row = ablate.run(model, calibration, tokens, expect, plans, variants=[variant(ablate.BASELINE)], window=32)
     assert (first.variant, first.bits, first.bits_per_weight) == ("fp32", 0, 32)
-    result = quality.assemble([first, row], model="wide", text="text")
+    result = quality.assemble([first, row], torch.device("cpu"), model="wide", text="text")
     assert quality.table(result, 3)[0][:2] == ["fp32", "32.000"]
     assert quality.chart(result).axes[0].get_xlabel() == "mean KL divergence to fp32, over the baseline's"
 
@@ -225,10 +228,35 @@ def test_command(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert "calibrated on 1 windows of 512 tokens of wikitext2.valid.excerpt.txt" in text
     assert "### 3 bits" in text
     assert text.count("| absmax |") == 1
+    assert str(tmp_path) not in text
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    for path in (tiny, CALIBRATION_TEXT, EVALUATION_TEXT):
+        Path(path.name).symlink_to(path)
+    (stated,) = (line for line in text.splitlines() if line.startswith("    polar ablate "))
+    again = CliRunner().invoke(app, [*shlex.split(stated)[1:], "--json"])
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["rows"] == printed["rows"]
     rows = {row[0]: row for row in quality.table(printed, 3)}
     assert rows[ablate.BASELINE][4] == "1.00"
     by_name = {row["variant"]: row["kl_divergence"] for row in printed["rows"] if row["bits"] == 3}
     assert rows["absmax"][4] == f"{by_name['absmax'] / by_name[ablate.BASELINE]:.2f}"
+
+
+def test_a_model_of_the_hub_is_named_as_there(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "find_checkpoint", {"Someone/Some-1B": tiny}.__getitem__)
+    monkeypatch.setattr(ablate, "run", partial(ablate.run, variants=[variant(ablate.BASELINE)]))
+    result = run("Someone/Some-1B", "--bits", 3, "--window", 64, "--limit", 1, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.glob("*.json")
+    assert path.name == "quality-Some-1B.json"
+    assert quality.command(json.loads(path.read_text())).startswith("polar ablate Someone/Some-1B --calibration ")
+
+
+def test_cpu_is_what_it_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "describe", lambda: {"gpu": "Some GPU"})
+    assert quality.assemble([], torch.device("cpu"))["gpu"] == "CPU"
+    assert quality.assemble([], torch.device("cuda"))["gpu"] == "Some GPU"
 
 
 def test_a_document_needs_a_folder_of_results(tiny: Path, tmp_path: Path) -> None:
