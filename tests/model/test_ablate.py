@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shlex
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,19 +13,19 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from polar_bench import ablate, quality, report
+from polar_bench import ablate, kernels, models, quality, report
 from polar_bench.ablate import VARIANTS, Calibration, Variant
 from typer.testing import CliRunner
 
-from model_patch import ConfigError, PolarQuantConfig, load_model, logits_cache
+from model_patch import ConfigError, OutputError, PolarQuantConfig, load_model, logits_cache
 from model_patch.checkpoint.reader import Checkpoint
 from model_patch.cli import ablate as command
 from model_patch.cli.app import app
-from model_patch.demo import CALIBRATION_TEXT, EVALUATION_TEXT
+from model_patch.demo import CALIBRATION_TEXT, EVALUATION_TEXT, MODEL
 from model_patch.evaluate import evaluate, model_reference
 from model_patch.quantize import calibrate_plan, plan_checkpoint, quantize_checkpoint, write_absmax
 from model_patch.quantize.calibrated import calibration_batch
-from polar_kernels import BLOCK_SIZE, lloyd_max_levels, published_levels, quantize_weight, reference
+from polar_kernels import BLOCK_SIZE, PolarError, lloyd_max_levels, published_levels, quantize_weight, reference
 from polar_kernels.hadamard import transform_blocks
 
 ROOT = Path(__file__).parents[2]
@@ -259,10 +261,64 @@ def test_cpu_is_what_it_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quality.assemble([], torch.device("cuda"))["gpu"] == "Some GPU"
 
 
-def test_a_document_needs_a_folder_of_results(tiny: Path, tmp_path: Path) -> None:
-    result = run(tiny, "--document", tmp_path / "quality.md")
-    assert isinstance(result.exception, ConfigError)
-    assert "name it with --out" in str(result.exception)
+LONG = (("ablate", MODEL, "--calibration", CALIBRATION_TEXT, "--text", EVALUATION_TEXT), ("bench",), ("bench", "model"))
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever takes long in these commands fails."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module, name in ((ablate, "calibrate_sites"), (ablate, "plans"), (kernels, "run"), (models, "run")):
+        monkeypatch.setattr(module, name, Mock(side_effect=AssertionError("measured")))
+
+
+def refused(args: tuple[object, ...], error: type[PolarError]) -> str:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert type(result.exception) is error, result.exception
+    return str(result.exception)
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("args", LONG)
+def test_results_that_cannot_be_written_are_refused_first(args: tuple[object, ...], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out = ("--out", tmp_path / "out")
+    assert "name it with --out" in refused((*args, "--document", tmp_path / "results.md"), ConfigError)
+    for folder in ("file", "file/results"):
+        message = refused((*args, "--out", tmp_path / folder), OutputError)
+        assert (
+            message == f"--out {tmp_path / folder}: cannot be written: {tmp_path / 'file'} is no folder that this "
+            "user may write to"
+        )
+    for document in ("", "missing/results.md", "file/results.md"):
+        message = refused((*args, *out, "--document", tmp_path / document), OutputError)
+        assert message == f"--document {tmp_path / document}: must be a file in a folder that is there"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("args", LONG)
+def test_a_folder_of_someone_else(args: tuple[object, ...], monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    assert "--out" in refused((*args, "--out", tmp_path / "out"), OutputError)
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("args", LONG[:2])
+def test_charts_need_matplotlib(args: tuple[object, ...], monkeypatch: Any, tmp_path: Path) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    message = refused((*args, "--out", tmp_path / "out"), ConfigError)
+    assert "matplotlib is missing: pip install 'polar-kernels[bench]'" in message
+
+
+def test_the_table_comes_before_the_files(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ablate, "run", partial(ablate.run, variants=[variant(ablate.BASELINE)]))
+    monkeypatch.setattr(quality, "write", Mock(side_effect=OSError(28, "No space left on device")))
+    result = run(tiny, "--bits", 3, "--window", 64, "--limit", 1, "--out", tmp_path / "out")
+    assert type(result.exception) is OutputError
+    assert "the results could not be written: [Errno 28] No space left" in str(result.exception)
+    assert "tiny at 3 bits, 1 windows of" in result.stdout
 
 
 def test_the_document_is_made_from_the_results(tmp_path: Path) -> None:
