@@ -245,6 +245,25 @@ def test_command(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert rows["absmax"][4] == f"{by_name['absmax'] / by_name[ablate.BASELINE]:.2f}"
 
 
+@pytest.mark.parametrize("args", [("bench",), ("bench", "model")])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_benchmarks_print_before_they_write(
+    args: tuple[str, ...], as_json: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(report, "describe", lambda: {"gpu": "Some GPU"})
+    monkeypatch.setattr(kernels, "run", lambda *_: ([], (1e12, 1e12)))
+    monkeypatch.setattr(models, "providers", Mock())
+    monkeypatch.setattr(models, "run", lambda *_, **__: ([], []))
+    for name in ("write", "write_json"):
+        monkeypatch.setattr(report, name, Mock(side_effect=OSError(28, "No space left on device")))
+    device = ("--device", "cpu") if "model" in args else ()
+    shown = ("--json",) if as_json else ()
+    result = CliRunner().invoke(app, [*args, *device, *shown, "--out", str(tmp_path)])
+    assert type(result.exception) is OutputError, result.exception
+    assert "Some GPU" in result.stdout
+
+
 def test_a_model_of_the_hub_is_named_as_there(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "find_checkpoint", {"Someone/Some-1B": tiny}.__getitem__)
     monkeypatch.setattr(ablate, "run", partial(ablate.run, variants=[variant(ablate.BASELINE)]))
