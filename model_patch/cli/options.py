@@ -91,15 +91,18 @@ def check_results(out: Path | None, document: Path | None, *, charts: bool) -> N
             raise ConfigError(f"--out draws charts, for which matplotlib is missing: {install} ({error})") from error
     _check_folder("--out", out)
     if document is not None:
-        if document.is_dir() or not (document.parent.is_dir() or document.parent == out):
+        if os.path.isdir(document) or not (os.path.isdir(document.parent) or document.parent == out):
             raise OutputError(f"--document {document}: must be a file in a folder that is there")
         _check_folder("--document", document.parent)
 
 
 def _check_folder(option: str, folder: Path) -> None:
-    """Raise OutputError when a folder cannot be written to, or not be made."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    """Raise OutputError when a folder cannot be written to, or not be made.
+
+    By os.path, which unlike Path says False, and does not raise, of what lies in a folder that may not be read.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
         raise OutputError(f"{option} {folder}: cannot be written: {there} is no folder that this user may write to")
 
 
