@@ -45,7 +45,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class Measurement:
-    """bits_per_weight: of the quantised layers, codes, norms and scales together; bits: 0 for the original."""
+    """bits_per_weight: of the quantised layers, codes, norms and scales together; bits: 0 for the original, whose
+    variant is the dtype of its weights."""
 
     variant: str
     bits: int
@@ -160,7 +161,8 @@ def run(
         done = partial(_report, progress, index * windows, (len(steps) + 1) * windows, name)
         return evaluate(copy, tokens, window=window, limit=limit, reference=reference, progress=done)
 
-    results = [Measurement("bf16", 0, 16.0, score(0, "bf16"))]
+    name, size = original_weights(next(iter(bits.values())))
+    results = [Measurement(name, 0, size, score(0, name))]
     for index, (variant, b) in enumerate(steps):
         for name, weight in quantized_weights(model, variant, b, bits[b].layers.sites(), calibration):
             copy.get_submodule(name).weight.data.copy_(weight)
@@ -183,6 +185,14 @@ def quantized_weights(
             widths = [bits] * len(weights)
             scales, _ = search_awq_scales(calibration.statistics[site], weights, widths, without_moments)
         yield from ((n, variant.quantize(w, bits, scales, moments)) for n, w in zip(names, weights, strict=True))
+
+
+def original_weights(plan: QuantizePlan) -> tuple[str, float]:
+    """Of the quantised layers as they were: dtypes, as in "bf16", and bits a weight."""
+    weights = [plan.source.tensors[f"{plan.names[name]}.weight"] for name in plan.layers.bits]
+    names = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights})
+    bits = 8 * sum(weight.nbytes for weight in weights) / sum(math.prod(weight.shape) for weight in weights)
+    return ", ".join(name.replace("bfloat", "bf").replace("float", "fp") for name in names), bits
 
 
 def bits_per_weight(plan: QuantizePlan, awq: bool) -> float:

@@ -1,21 +1,24 @@
 """What `polar ablate` leaves: table, JSON, chart, and docs/quality.md made from the JSON."""
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from polar_bench import ablate, report
 from polar_bench.report import Result
 
 COLUMNS = ["weights", "bits a weight", "perplexity", "mean KL", "of baseline", "99 % KL", "same top-1"]
 
 
-def assemble(measurements: Sequence[ablate.Measurement], **settings: Any) -> Result:
-    """The result as it is written to JSON. settings: what was measured on what."""
-    return report.describe() | settings | {"rows": [_flat(asdict(measurement)) for measurement in measurements]}
+def assemble(measurements: Sequence[ablate.Measurement], device: torch.device, **settings: Any) -> Result:
+    """The result as it is written to JSON. device: that it ran on; settings: what was measured on what."""
+    described = report.describe() | ({"gpu": "CPU"} if device.type == "cpu" else {})
+    return described | settings | {"rows": [_flat(asdict(measurement)) for measurement in measurements]}
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
@@ -24,8 +27,8 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 def write(result: Result, folder: Path) -> Path:
     """Write JSON and chart; returns the JSON's path."""
-    path = report.write_json(result, folder, f"quality-{result['model']}")
-    _draw(result, path.with_suffix(".png"))
+    path = report.write_json(result, folder, f"quality-{result['model'].rpartition('/')[-1]}")
+    chart(result).savefig(path.with_suffix(".png"), dpi=120)
     return path
 
 
@@ -52,6 +55,16 @@ def widths(result: Result) -> list[int]:
     return list(dict.fromkeys(row["bits"] for row in result["rows"] if row["bits"]))
 
 
+def command(result: Result) -> str:
+    """The command that measures it again; local files are named without the folders they were in."""
+    scored = result["rows"][0]
+    words = ["polar", "ablate", result["model"], "--calibration", result["calibration"]]
+    words += ["--windows", result["calibration_windows"], "--text", result["text"], "--window", scored["window"]]
+    words += ["--limit", scored["windows"], *(word for bits in widths(result) for word in ("--bits", bits))]
+    words += ["--dtype", result["dtype"], *(["--device", "cpu"] if result["gpu"] == "CPU" else [])]
+    return shlex.join(map(str, words))
+
+
 def document(results: Sequence[Path], out: Path) -> None:
     """Write docs/quality.md from result files."""
     parts = [_INTRODUCTION]
@@ -62,12 +75,13 @@ def document(results: Sequence[Path], out: Path) -> None:
 _INTRODUCTION = f"""# Quality
 
 Made by `polar ablate` and `bench/quality.py` from its results; do not edit. Every linear layer and the head are
-quantised at the same bits, the embedding stays in bf16. Perplexity with its standard error over the windows; KL
-divergence to the predictions of the bf16 weights, in nats, its mean and what 99 % of the tokens do not exceed; how
-often both rank the same token first. The bf16 row shows what keeping those predictions in 16 bits for the comparison
-costs. "of baseline" is the mean KL over that of "{ablate.BASELINE}" at the same bits. Lines
-that begin with + are Hadamard + Lloyd-Max with the converged table. All variants score the same tokens, so that their
-differences are far surer than the standard error of one perplexity says.
+quantised at the same bits, the embedding stays as it is. Perplexity with its standard error over the windows; KL
+divergence to the predictions of the original weights, in nats, its mean and what 99 % of the tokens do not exceed; how
+often both rank the same token first. The first row, the original by its dtype, shows what keeping those predictions in
+16 bits for the comparison costs. "of baseline" is the mean KL over that of
+"{ablate.BASELINE}" at the same bits. Lines that begin with + are Hadamard +
+Lloyd-Max with the converged table. All variants score the same tokens, so that their differences are far surer than the
+standard error of one perplexity says.
 """
 
 
@@ -79,7 +93,8 @@ def _section(result: Result, path: Path, base: Path) -> str:
         f"{versions}, {result['gpu']}, {result['dtype']} arithmetic, commit {result['commit']}, {result['date']}.",
         f"Evaluated on {scored['windows']} windows of {scored['window']} tokens of {result['text']}, stride "
         f"{scored['stride']}, {scored['tokens']} tokens scored; calibrated on {result['calibration_windows']} windows "
-        f"of 512 tokens of {result['calibration']}.\n",
+        f"of 512 tokens of {result['calibration']}:\n",
+        f"    {command(result)}\n",
         f"![Mean KL divergence over the baseline's]({report.relative_link(path.with_suffix('.png'), base)})",
     ]
     for bits in widths(result):
@@ -92,8 +107,8 @@ def _section(result: Result, path: Path, base: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _draw(result: Result, path: Path) -> None:
-    """Mean KL divergence over the baseline's, a bar for each variant and width."""
+def chart(result: Result) -> Any:
+    """A matplotlib figure: mean KL divergence over the baseline's, a bar for each variant and width."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["variant"] for row in result["rows"] if row["bits"]))
@@ -107,11 +122,12 @@ def _draw(result: Result, path: Path) -> None:
     axes.set_yticks([place + 0.4 - thickness / 2 for place in range(len(names))], names)
     axes.invert_yaxis()
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set(xlabel="mean KL divergence to bf16, over the baseline's")
+    original = next(row["variant"] for row in result["rows"] if not row["bits"])
+    axes.set(xlabel=f"mean KL divergence to {original}, over the baseline's")
     axes.set_title(f"{result['model']}, {result['rows'][0]['windows']} windows of {result['text']}")
     axes.grid(alpha=0.3, axis="x")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 if __name__ == "__main__":  # python -m polar_bench.quality RESULTS DOCUMENT: the document again, without measuring

@@ -75,11 +75,10 @@ def evaluate(
 ) -> Evaluation:
     """Score `tokens` [T] with `model`, and compare with `reference` if given; a last, short window is left out.
 
-    Raises CheckpointError when the text has no whole window, ConfigError for a stride that llama.cpp does not have.
+    Raises CheckpointError when the text has no whole window, ConfigError as `check_windows` does.
     """
+    check_windows(convention, window, stride)
     stride = stride or window
-    if convention is Convention.llama_cpp and stride != window:
-        raise ConfigError(f"llama.cpp's windows lie side by side: leave out the stride {stride}")
     starts = list(range(0, len(tokens) - window + 1, stride))[:limit]
     if not starts:
         raise CheckpointError("text", f"it has {len(tokens)} tokens, fewer than one window of {window}")
@@ -101,6 +100,16 @@ def evaluate(
         progress(index + 1, len(starts), "scoring")
     scores = _perplexity(losses) | (_distance(torch.cat(divergences), agreement) if divergences else {})
     return Evaluation(len(losses), window, stride, convention.value, sum(len(loss) for loss in losses), **scores)
+
+
+def check_windows(convention: Convention, window: int, stride: int | None) -> None:
+    """Raise ConfigError for a window of which nothing is scored, and for a stride that llama.cpp does not have."""
+    least = 3 if convention is Convention.llama_cpp else 2
+    if window < least:
+        problem = f"it must have at least {least} tokens, found {window}: none would be scored"
+        raise ConfigError(f"window: with {convention.value} {problem}")
+    if convention is Convention.llama_cpp and stride not in (None, window):
+        raise ConfigError(f"llama.cpp's windows lie side by side: leave out the stride {stride}")
 
 
 def count_scored(convention: Convention, index: int, window: int, stride: int) -> int:

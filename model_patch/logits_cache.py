@@ -7,7 +7,6 @@ would move it by some 1e-6. What is read is normalised again.
 """
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +16,13 @@ from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
 from model_patch.checkpoint.fingerprint import checkpoint_fingerprint, differences, tokens_digest
-from model_patch.checkpoint.writer import write_json
+from model_patch.checkpoint.reader import read_config
+from model_patch.checkpoint.writer import is_unfinished, write_json, write_whole
 from model_patch.errors import CheckpointError, ConfigError, OutputError
 from model_patch.evaluate import Convention, Reference, model_reference
+from model_patch.load import quantization_config
+from model_patch.progress import Progress, no_progress
+from polar_kernels.module import Activation
 
 _CODES = 1 << 16
 _LOWEST = -100.0  # nats: below, a probability is nothing, and would make all steps coarser
@@ -45,14 +48,10 @@ class LogitsCache:
         if self._compute is None:
             self._compute = model_reference(self._load(), self._tokens)
         stored = _encode(self._compute(index, ids, scored))
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
         try:
-            partial.write_bytes(save(stored))
-            os.replace(partial, path)
+            write_whole(path, save(stored))
         except OSError as error:
             raise OutputError(f"{path}: could not be written: {error}; the windows before it are kept") from error
-        finally:
-            partial.unlink(missing_ok=True)
         return stored
 
 
@@ -66,24 +65,32 @@ def open_cache(
     stride: int | None,
     convention: Convention,
     dtype: torch.dtype | str,
+    device: torch.device,
+    activation: Activation,
+    progress: Progress = no_progress,
 ) -> LogitsCache:
     """The cache in `folder`, made when there is none, of the checkpoint `source`, which `load_reference` loads.
 
-    Raises ConfigError when the folder has the predictions of another model, text or windows, or is something else.
+    dtype, device, activation: with which it predicts.
+    progress: of reading the whole source, whose fingerprint is taken.
+    Raises ConfigError when the folder has the predictions of another model, text or windows, or of one that
+    predicts otherwise, or is something else.
     """
     record: dict[str, object] = {
-        "source": checkpoint_fingerprint(source),
+        "source": checkpoint_fingerprint(source, progress),
         "tokens": tokens_digest(tokens),
         "window": window,
         "stride": stride or window,
         "convention": convention.value,
         "dtype": str(dtype),
+        "device": device.type,
+        "activation": activation if quantization_config(read_config(source)) else None,  # a plain model has no choice
     }
     path = folder / _RECORD
     if path.exists():
         if different := differences(record, _read_record(path)):
             raise ConfigError(f"{folder}: its predictions are of another {', '.join(different)}: choose another folder")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and not (folder.is_dir() and all(map(is_unfinished, folder.iterdir()))):
         raise ConfigError(f"{folder}: is no cache of predictions, and not empty: choose another folder")
     else:
         try:

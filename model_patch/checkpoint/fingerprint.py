@@ -6,13 +6,16 @@ from pathlib import Path
 import torch
 
 from model_patch.errors import CheckpointError
+from model_patch.progress import Progress, no_progress
 
 
-def checkpoint_fingerprint(folder: Path) -> str:
+def checkpoint_fingerprint(folder: Path, progress: Progress = no_progress) -> str:
     """SHA-256 of the names and contents of config.json and of all safetensors files of a folder, which it reads."""
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
+    for index, path in enumerate(files):
         digest.update(f"{path.name}:{file_digest(path)}\n".encode())
+        progress(index + 1, len(files), path.name)
     return digest.hexdigest()
 
 

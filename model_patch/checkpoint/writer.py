@@ -34,7 +34,7 @@ _NOT_CARRIED = {
     ".py",
 }
 _UNITS = {None: 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNFINISHED = "unfinished-"  # before the names of shards in work
+_UNFINISHED = "unfinished-"  # before the names of files in work
 _REWRITTEN = {"config.json", "README.md", INDEX_NAME, "polar_config.json"}
 
 
@@ -187,7 +187,22 @@ def carry_over(source: Path, folder: Path) -> list[str]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that has its name only when it is whole; raises OSError, and then nothing is left."""
+    unfinished = path.with_name(f".{_UNFINISHED}{os.getpid()}-{path.name}")
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a file is one that a run which was killed had not written to its end."""
+    return path.name.startswith(f".{_UNFINISHED}")
 
 
 def passthrough(checkpoint: Checkpoint, name: str) -> torch.Tensor:

@@ -6,12 +6,20 @@ from typing import Annotated
 
 import typer
 
-from model_patch.cli.options import AsJson, Device, parse_dtype, pick_device, print_json, print_table
+from model_patch.cli.options import (
+    AsJson,
+    Device,
+    check_results,
+    parse_dtype,
+    pick_device,
+    print_json,
+    print_table,
+    writing,
+)
 from model_patch.demo import CALIBRATION_WINDOWS
-from model_patch.errors import ConfigError
-from model_patch.evaluate import Convention, tokenize_file
+from model_patch.evaluate import tokenize_file
 from model_patch.load import find_checkpoint, load_model, load_tokenizer
-from model_patch.logits_cache import open_cache
+from model_patch.logits_cache import LogitsCache
 from model_patch.progress import progress_bar
 from model_patch.quantize.calibrated import calibration_batch
 
@@ -37,8 +45,7 @@ def ablate(
     from polar_bench import ablate as runner
     from polar_bench import quality
 
-    if document is not None and out is None:
-        raise ConfigError("--document is made from the results in a folder: name it with --out")
+    check_results(out, document, charts=True)
     target, picked, source = pick_device(device), parse_dtype(dtype), find_checkpoint(model)
     plans = runner.plans(source, bits or [5, 4, 3])
     tokens = tokenize_file(load_tokenizer(source), text)
@@ -47,34 +54,27 @@ def ablate(
     with progress_bar("calibrate") as progress:
         calibrated = runner.calibrate_sites(original, batch, next(iter(plans.values())).layers.sites(), progress)
     with tempfile.TemporaryDirectory() as scratch, progress_bar("ablate") as progress:
-        reference = open_cache(
-            Path(scratch),
-            source,
-            tokens,
-            lambda: original,
-            window=window,
-            stride=None,
-            convention=Convention.hugging_face,
-            dtype=picked,
-        )
+        reference = LogitsCache(Path(scratch), tokens, lambda: original)
         measurements = runner.run(
             original, calibrated, tokens, reference, plans, window=window, limit=limit, progress=progress
         )
     result = quality.assemble(
         measurements,
-        model=source.resolve().name,
+        target,
+        model=source.resolve().name if Path(model).is_dir() else model,
         text=text.name,
         calibration=calibration.name,
         calibration_windows=len(batch),
         dtype=dtype,
     )
-    if out is not None:
-        quality.write(result, out)
-        if document is not None:
-            quality.document(sorted(out.glob("quality-*.json")), document)
     if as_json:
         print_json(result)
-        return
-    for b in plans:
-        title = f"{result['model']} at {b} bits, {measurements[0].evaluation.windows} windows of {text.name}"
-        print_table(title, quality.COLUMNS, quality.table(result, b))
+    else:
+        for b in plans:
+            title = f"{result['model']} at {b} bits, {measurements[0].evaluation.windows} windows of {text.name}"
+            print_table(title, quality.COLUMNS, quality.table(result, b))
+    if out is not None:
+        with writing(out):
+            quality.write(result, out)
+            if document is not None:
+                quality.document(sorted(out.glob("quality-*.json")), document)

@@ -7,7 +7,16 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from model_patch.cli.options import AsJson, Device, parse_dtype, pick_device, print_json, print_table
+from model_patch.cli.options import (
+    AsJson,
+    Device,
+    check_results,
+    parse_dtype,
+    pick_device,
+    print_json,
+    print_table,
+    writing,
+)
 from model_patch.errors import ConfigError
 from model_patch.progress import progress_bar
 
@@ -28,6 +37,7 @@ def kernels(
     """Time the kernels beside cuBLAS bf16 and tinygemm on the layers of Qwen3.5-9B: needs a GPU."""
     if context.invoked_subcommand is not None:
         return
+    check_results(out, document, charts=True)
     if not torch.cuda.is_available():
         raise ConfigError("polar bench needs a CUDA GPU, and torch finds none")
     from polar_bench import kernels, report
@@ -36,14 +46,15 @@ def kernels(
     with progress_bar("bench") as progress:
         measurements, rates = kernels.run(shapes, rows, progress)
     result = report.assemble(measurements, rates)
-    if out is not None:
-        report.write(result, out)
-        if document is not None:
-            report.document(out, document)
     if as_json:
         print_json(result)
     else:
         print_table(f"{result['gpu']}, {rates[0] / 1e12:.2f} TB/s read", report.COLUMNS, report.table(result))
+    if out is not None:
+        with writing(out):
+            report.write(result, out)
+            if document is not None:
+                report.document(out, document)
 
 
 @bench.command()
@@ -68,6 +79,7 @@ def model(
     from polar_bench import models, report
     from polar_bench.random_model import model_config
 
+    check_results(out, document, charts=False)
     target, as_dtype = pick_device(device), parse_dtype(dtype)
     if profile and target.type != "cuda":
         raise ConfigError("--profile needs a CUDA GPU: a step on a CPU is no graph")
@@ -84,9 +96,10 @@ def model(
         result["profile"] += [{"model": name} | asdict(work) for work in works]
         if not as_json:
             print_table(f"{name} on {result['gpu']}", models.COLUMNS, models.table(measured))
-    if out is not None:
-        report.write_json(result, out, f"model-{report.gpu_name(result)}")
-        if document is not None:
-            report.document(out, document)
     if as_json:
         print_json(result)
+    if out is not None:
+        with writing(out):
+            report.write_json(result, out, f"model-{report.gpu_name(result)}")
+            if document is not None:
+                report.document(out, document)

@@ -1,6 +1,10 @@
 """Arguments and options that several subcommands share, and how they print."""
 
+import importlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model_patch.checkpoint.writer import shard_bytes
-from model_patch.errors import ConfigError
+from model_patch.errors import ConfigError, OutputError
 
 
 def _check_shard_size(size: str) -> str:
@@ -67,6 +71,48 @@ def parse_dtype(dtype: str) -> torch.dtype:
     if dtype not in known:
         raise ConfigError(f"--dtype must be one of {', '.join(known)}, found {dtype!r}")
     return known[dtype]
+
+
+def check_results(out: Path | None, document: Path | None, *, charts: bool) -> None:
+    """To be called before what takes long: whether its results can be written to the folder and the file asked for.
+
+    Raises ConfigError for a document without a folder, and when matplotlib, which draws charts, is missing;
+    OutputError for what cannot be written.
+    """
+    if out is None:
+        if document is not None:
+            raise ConfigError("--document is made from the results in a folder: name it with --out")
+        return
+    if charts:
+        try:
+            importlib.import_module("matplotlib.figure")
+        except ImportError as error:
+            install = "pip install 'polar-kernels[bench]'"
+            raise ConfigError(f"--out draws charts, for which matplotlib is missing: {install} ({error})") from error
+    _check_folder("--out", out)
+    if document is not None:
+        if os.path.isdir(document) or not (os.path.isdir(document.parent) or document.parent == out):
+            raise OutputError(f"--document {document}: must be a file in a folder that is there")
+        _check_folder("--document", document.parent)
+
+
+def _check_folder(option: str, folder: Path) -> None:
+    """Raise OutputError when a folder cannot be written to, or not be made.
+
+    By os.path, which unlike Path says False, and does not raise, of what lies in a folder that may not be read.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"{option} {folder}: cannot be written: {there} is no folder that this user may write to")
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Raise OutputError when what is written in the block could not be."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{out}: the results could not be written: {error}") from error
 
 
 def print_json(content: Any) -> None:

@@ -5,16 +5,18 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from transformers import PreTrainedModel
 
 from model_patch.cli.options import AsJson, Device, DType, Exact, Folder, pick_device, pick_dtype, print_json
 from model_patch.errors import ConfigError
-from model_patch.evaluate import Convention, Evaluation, evaluate, tokenize_file
+from model_patch.evaluate import Convention, Evaluation, check_windows, evaluate, tokenize_file
 from model_patch.load import find_checkpoint, load_model, load_tokenizer
 from model_patch.logits_cache import LogitsCache, open_cache
 from model_patch.patch import set_activation
 from model_patch.progress import progress_bar
+from polar_kernels.module import Activation
 
 
 def ppl(
@@ -43,25 +45,31 @@ def ppl(
     """
     if logits_cache is not None and against is None:
         raise ConfigError("--logits-cache keeps the predictions of another model: name it with --against")
+    check_windows(convention, window, stride)
     target = pick_device(device)
     picked = pick_dtype(dtype, target)
     tokens = tokenize_file(load_tokenizer(folder), text)
-    model = load_model(folder, device=target, dtype=picked)
-    set_activation(model, "exact" if exact else "int8")
+    activation: Activation = "exact" if exact else "int8"
+    load = partial(_load, device=target, dtype=picked, activation=activation)
+    model = load(folder)
     reference: PreTrainedModel | LogitsCache | None = None
     if against is not None and logits_cache is None:
-        reference = load_model(against, device=target, dtype=picked)
+        reference = load(against)
     elif against is not None and logits_cache is not None:
-        reference = open_cache(
-            logits_cache,
-            find_checkpoint(against),
-            tokens,
-            partial(load_model, against, device=target, dtype=picked),
-            window=window,
-            stride=stride,
-            convention=convention,
-            dtype=picked,
-        )
+        with progress_bar("fingerprint") as progress:
+            reference = open_cache(
+                logits_cache,
+                find_checkpoint(against),
+                tokens,
+                partial(load, against),
+                window=window,
+                stride=stride,
+                convention=convention,
+                dtype=picked,
+                device=target,
+                activation=activation,
+                progress=progress,
+            )
     with progress_bar("score") as progress:
         result = evaluate(
             model,
@@ -77,6 +85,12 @@ def ppl(
         print_json({"model": folder, "text": str(text), "against": against, **asdict(result)})
         return
     typer.echo(describe(result, folder, str(text), against))
+
+
+def _load(source: str, *, device: torch.device, dtype: torch.dtype | str, activation: Activation) -> PreTrainedModel:
+    model = load_model(source, device=device, dtype=dtype)
+    set_activation(model, activation)
+    return model
 
 
 _SCORED = {

@@ -112,7 +112,9 @@ def quantize(
         read = text if awq or feedback or target is not None else None
         options = {"windows": windows, "feedback": feedback, "target": target and asdict(target), "fixed": fixed}
         options |= {"config": plan.config.to_dict(), "max_shard_size": shard_bytes(max_shard_size)}
-        work = open_work(out, overwrite, make_record(plan.source.where, read, picked, options))
+        with progress_bar("fingerprint") as progress:
+            record = make_record(plan.source.where, read, picked, options, progress)
+        work = open_work(out, overwrite, record)
     saved = None if work is None else work.load(plan.source.where)
     streamed = pick_streamed(layer_by_layer, plan.source.where, picked, target)
     plan, found = saved or _calibrate(plan, fixed, target, text, picked, windows, feedback, streamed)

@@ -21,6 +21,7 @@ from model_patch.checkpoint.fingerprint import checkpoint_fingerprint, differenc
 from model_patch.checkpoint.writer import check_output, write_json
 from model_patch.config import PolarQuantConfig
 from model_patch.errors import CheckpointError, ConfigError, OutputError
+from model_patch.progress import Progress, no_progress
 from model_patch.quantize.calibrated import Calibrated
 from model_patch.quantize.checkpoint import QuantizePlan, plan_checkpoint
 from polar_kernels.version import __version__
@@ -29,11 +30,15 @@ _RECORD, _CALIBRATED = "resume.json", "calibrated.safetensors"
 
 
 def make_record(
-    source: Path, calibration: Path | None, device: torch.device, options: Mapping[str, object]
+    source: Path,
+    calibration: Path | None,
+    device: torch.device,
+    options: Mapping[str, object],
+    progress: Progress = no_progress,
 ) -> dict[str, object]:
     """What the result hangs on: the source's content, the options, the text, versions and the kind of device."""
     return {
-        "source": checkpoint_fingerprint(source),
+        "source": checkpoint_fingerprint(source, progress),
         "calibration text": None if calibration is None else file_digest(calibration),
         "version": __version__,
         "torch": torch.__version__,

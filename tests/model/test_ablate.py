@@ -2,23 +2,30 @@
 
 import json
 import math
+import os
+import shlex
+import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from polar_bench import ablate, quality
+from polar_bench import ablate, kernels, models, quality, report
 from polar_bench.ablate import VARIANTS, Calibration, Variant
 from typer.testing import CliRunner
 
-from model_patch import ConfigError, PolarQuantConfig, load_model
+from model_patch import ConfigError, OutputError, PolarQuantConfig, load_model, logits_cache
 from model_patch.checkpoint.reader import Checkpoint
+from model_patch.cli import ablate as command
 from model_patch.cli.app import app
-from model_patch.demo import CALIBRATION_TEXT, EVALUATION_TEXT
+from model_patch.demo import CALIBRATION_TEXT, EVALUATION_TEXT, MODEL
 from model_patch.evaluate import evaluate, model_reference
 from model_patch.quantize import calibrate_plan, plan_checkpoint, quantize_checkpoint, write_absmax
 from model_patch.quantize.calibrated import calibration_batch
-from polar_kernels import BLOCK_SIZE, lloyd_max_levels, published_levels, quantize_weight, reference
+from polar_kernels import BLOCK_SIZE, PolarError, lloyd_max_levels, published_levels, quantize_weight, reference
 from polar_kernels.hadamard import transform_blocks
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +177,31 @@ def test_rows_of_a_run(calibrated: Any, tiny: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_the_original_is_named_by_its_dtype(tiny: Path, calibrated: Any, tmp_path: Path) -> None:
+    model, calibration = calibrated
+    load_model(tiny, device="cpu", dtype=torch.float32).save_pretrained(tmp_path / "wide")
+    tokens = torch.randint(0, 4096, (32,), generator=torch.Generator().manual_seed(0))
+    expect = model_reference(model, tokens)
+    plans = ablate.plans(tmp_path / "wide", [3])
+    first, row = ablate.run(model, calibration, tokens, expect, plans, variants=[variant(ablate.BASELINE)], window=32)
+    assert (first.variant, first.bits, first.bits_per_weight) == ("fp32", 0, 32)
+    result = quality.assemble([first, row], torch.device("cpu"), model="wide", text="text")
+    assert quality.table(result, 3)[0][:2] == ["fp32", "32.000"]
+    assert quality.chart(result).axes[0].get_xlabel() == "mean KL divergence to fp32, over the baseline's"
+
+
+def test_an_original_of_several_dtypes(tiny: Path) -> None:
+    """Bits are the mean over the weights."""
+    plan = ablate.plans(tiny, [3])[3]
+    counts = {name: math.prod(plan.source.tensors[f"{plan.names[name]}.weight"].shape) for name in plan.layers.bits}
+    wide = next(name for name in plan.layers.bits if name.endswith("down_proj"))
+    plan.source.tensors[f"{plan.names[wide]}.weight"] = replace(
+        plan.source.tensors[f"{plan.names[wide]}.weight"], dtype=torch.float32
+    )
+    mean = 16 + 16 * counts[wide] / sum(counts.values())
+    assert ablate.original_weights(plan) == ("bf16, fp32", pytest.approx(mean))
+
+
 # The command and its files
 
 
@@ -178,7 +210,9 @@ def run(*args: object) -> Any:
     return CliRunner().invoke(app, [str(arg) for arg in ("ablate", *args, *texts)])
 
 
-def test_command(tiny: Path, tmp_path: Path) -> None:
+def test_command(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It takes no fingerprint, for which all of the model is read: what it keeps is for itself."""
+    monkeypatch.setattr(logits_cache, "checkpoint_fingerprint", Mock(side_effect=AssertionError))
     out, doc = tmp_path / "results", tmp_path / "docs" / "quality.md"
     doc.parent.mkdir()
     sizes = ("--bits", 3, "--window", 64, "--limit", 2)
@@ -196,16 +230,114 @@ def test_command(tiny: Path, tmp_path: Path) -> None:
     assert "calibrated on 1 windows of 512 tokens of wikitext2.valid.excerpt.txt" in text
     assert "### 3 bits" in text
     assert text.count("| absmax |") == 1
+    assert str(tmp_path) not in text
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    for path in (tiny, CALIBRATION_TEXT, EVALUATION_TEXT):
+        Path(path.name).symlink_to(path)
+    (stated,) = (line for line in text.splitlines() if line.startswith("    polar ablate "))
+    again = CliRunner().invoke(app, [*shlex.split(stated)[1:], "--json"])
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["rows"] == printed["rows"]
     rows = {row[0]: row for row in quality.table(printed, 3)}
     assert rows[ablate.BASELINE][4] == "1.00"
     by_name = {row["variant"]: row["kl_divergence"] for row in printed["rows"] if row["bits"] == 3}
     assert rows["absmax"][4] == f"{by_name['absmax'] / by_name[ablate.BASELINE]:.2f}"
 
 
-def test_a_document_needs_a_folder_of_results(tiny: Path, tmp_path: Path) -> None:
-    result = run(tiny, "--document", tmp_path / "quality.md")
-    assert isinstance(result.exception, ConfigError)
-    assert "name it with --out" in str(result.exception)
+@pytest.mark.parametrize("args", [("bench",), ("bench", "model")])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_benchmarks_print_before_they_write(
+    args: tuple[str, ...], as_json: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(report, "describe", lambda: {"gpu": "Some GPU"})
+    monkeypatch.setattr(kernels, "run", lambda *_: ([], (1e12, 1e12)))
+    monkeypatch.setattr(models, "providers", Mock())
+    monkeypatch.setattr(models, "run", lambda *_, **__: ([], []))
+    for name in ("write", "write_json"):
+        monkeypatch.setattr(report, name, Mock(side_effect=OSError(28, "No space left on device")))
+    device = ("--device", "cpu") if "model" in args else ()
+    shown = ("--json",) if as_json else ()
+    result = CliRunner().invoke(app, [*args, *device, *shown, "--out", str(tmp_path)])
+    assert type(result.exception) is OutputError, result.exception
+    assert "Some GPU" in result.stdout
+
+
+def test_a_model_of_the_hub_is_named_as_there(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "find_checkpoint", {"Someone/Some-1B": tiny}.__getitem__)
+    monkeypatch.setattr(ablate, "run", partial(ablate.run, variants=[variant(ablate.BASELINE)]))
+    result = run("Someone/Some-1B", "--bits", 3, "--window", 64, "--limit", 1, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.glob("*.json")
+    assert path.name == "quality-Some-1B.json"
+    assert quality.command(json.loads(path.read_text())).startswith("polar ablate Someone/Some-1B --calibration ")
+
+
+def test_cpu_is_what_it_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "describe", lambda: {"gpu": "Some GPU"})
+    assert quality.assemble([], torch.device("cpu"))["gpu"] == "CPU"
+    assert quality.assemble([], torch.device("cuda"))["gpu"] == "Some GPU"
+
+
+LONG = (("ablate", MODEL, "--calibration", CALIBRATION_TEXT, "--text", EVALUATION_TEXT), ("bench",), ("bench", "model"))
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever takes long in these commands fails."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module, name in ((ablate, "calibrate_sites"), (ablate, "plans"), (kernels, "run"), (models, "run")):
+        monkeypatch.setattr(module, name, Mock(side_effect=AssertionError("measured")))
+
+
+def refused(args: tuple[object, ...], error: type[PolarError]) -> str:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert type(result.exception) is error, result.exception
+    return str(result.exception)
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("args", LONG)
+def test_results_that_cannot_be_written_are_refused_first(args: tuple[object, ...], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out = ("--out", tmp_path / "out")
+    assert "name it with --out" in refused((*args, "--document", tmp_path / "results.md"), ConfigError)
+    for folder in ("file", "file/results"):
+        message = refused((*args, "--out", tmp_path / folder), OutputError)
+        assert (
+            message == f"--out {tmp_path / folder}: cannot be written: {tmp_path / 'file'} is no folder that this "
+            "user may write to"
+        )
+    for document in ("", "missing/results.md", "file/results.md"):
+        message = refused((*args, *out, "--document", tmp_path / document), OutputError)
+        assert message == f"--document {tmp_path / document}: must be a file in a folder that is there"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("args", LONG)
+def test_a_folder_of_someone_else(args: tuple[object, ...], monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    assert "--out" in refused((*args, "--out", tmp_path / "out"), OutputError)
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("args", LONG[:2])
+def test_charts_need_matplotlib(args: tuple[object, ...], monkeypatch: Any, tmp_path: Path) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    message = refused((*args, "--out", tmp_path / "out"), ConfigError)
+    assert "matplotlib is missing: pip install 'polar-kernels[bench]'" in message
+
+
+def test_the_table_comes_before_the_files(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ablate, "run", partial(ablate.run, variants=[variant(ablate.BASELINE)]))
+    monkeypatch.setattr(quality, "write", Mock(side_effect=OSError(28, "No space left on device")))
+    result = run(tiny, "--bits", 3, "--window", 64, "--limit", 1, "--out", tmp_path / "out")
+    assert type(result.exception) is OutputError
+    assert "the results could not be written: [Errno 28] No space left" in str(result.exception)
+    assert "tiny at 3 bits, 1 windows of" in result.stdout
 
 
 def test_the_document_is_made_from_the_results(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFo
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata
 from huggingface_hub.utils import TensorInfo as HubTensor
 from safetensors import safe_open
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner, Result
 
 from model_patch import cli
@@ -27,7 +28,8 @@ from model_patch.cli.app import app
 from model_patch.demo import EVALUATION_TEXT, MODEL
 from model_patch.errors import CheckpointError, ConfigError, OutputError, UnsupportedModelError
 from model_patch.load import load_model
-from polar_kernels import PolarError
+from model_patch.progress import Progress
+from polar_kernels import PolarError, PolarModule
 from polar_kernels.version import __version__
 
 COMMANDS = (
@@ -618,6 +620,13 @@ def test_ppl_states_its_windows(tiny: Path, prose: Path) -> None:
     assert "side by side" in message
 
 
+def test_ppl_refuses_a_window_of_which_nothing_is_scored(prose: Path, tmp_path: Path) -> None:
+    """Before a model is looked for."""
+    options = ("--text", prose, "--window", 2, "--convention", "llama.cpp")
+    message = _refused(ConfigError, "ppl", tmp_path / "none", *options)
+    assert message == "window: with llama.cpp it must have at least 3 tokens, found 2: none would be scored"
+
+
 def test_ppl_with_kept_predictions(
     tiny: Path, packed: Path, prose: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -634,6 +643,38 @@ def test_ppl_with_kept_predictions(
     assert "predictions are of another stride" in message
     message = _refused(ConfigError, "ppl", packed, "--text", prose, "--logits-cache", tmp_path / "cache")
     assert "name it with --against" in message
+
+
+@pytest.mark.parametrize(("options", "activation"), [(("--exact",), "exact"), ((), "int8")])
+@pytest.mark.parametrize("kept", [False, True])
+def test_ppl_sets_the_activation_of_both_models(
+    packed: Path, prose: Path, options: tuple[str], activation: str, kept: bool, monkeypatch: Any, tmp_path: Path
+) -> None:
+    loaded: list[PreTrainedModel] = []
+    load = ppl_module.load_model
+    monkeypatch.setattr(ppl_module, "load_model", lambda source, **kw: loaded.append(load(source, **kw)) or loaded[-1])
+    cache = ("--logits-cache", tmp_path / "cache") if kept else ()
+    _text("ppl", packed, "--text", prose, "--window", 64, "--limit", 1, "--against", packed, *options, *cache)
+    found = [{module.activation for module in model.modules() if isinstance(module, PolarModule)} for model in loaded]
+    assert found == [{activation}, {activation}]
+    if kept:
+        record = json.loads((tmp_path / "cache" / "cache.json").read_text())
+        assert (record["activation"], record["device"]) == (activation, loaded[1].device.type)
+
+
+def test_ppl_shows_progress_of_reading_the_reference(
+    tiny: Path, prose: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told: list[str] = []
+
+    @contextmanager
+    def bar(description: str) -> Iterator[Progress]:
+        yield lambda done, total, what: told.append(f"{description} {done} {total} {what}")
+
+    monkeypatch.setattr(ppl_module, "progress_bar", bar)
+    options = ("--text", prose, "--window", 64, "--limit", 1, "--against", tiny)
+    _text("ppl", tiny, *options, "--logits-cache", tmp_path / "cache")
+    assert told == ["fingerprint 1 2 config.json", "fingerprint 2 2 model.safetensors", "score 1 1 scoring"]
 
 
 def test_ppl_without_a_reference(tiny: Path, prose: Path) -> None:

@@ -139,6 +139,16 @@ def test_llama_cpp_scores_the_second_half_of_each_window(model: PreTrainedModel,
         evaluate(model, tokens, window=20, stride=7, convention=Convention.llama_cpp)
 
 
+@pytest.mark.parametrize(("convention", "least"), [(Convention.llama_cpp, 3), (Convention.hugging_face, 2)])
+def test_a_window_of_which_nothing_is_scored(
+    model: PreTrainedModel, tokens: torch.Tensor, convention: Convention, least: int
+) -> None:
+    found = evaluate(model, tokens, window=least, convention=convention)
+    assert found.tokens == found.windows == LENGTH // least
+    with pytest.raises(ConfigError, match=f"window: with {convention.value} it must have at least {least} tokens"):
+        evaluate(model, tokens, window=least - 1, convention=convention)
+
+
 def test_perplexity_does_not_depend_on_the_reference(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     alone, beside = evaluate(model, tokens, window=20), evaluate(model, tokens, window=20, reference=model)
     assert (alone.perplexity, alone.perplexity_error) == (beside.perplexity, beside.perplexity_error)

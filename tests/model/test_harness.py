@@ -1,7 +1,9 @@
 """lm-eval on a quantised checkpoint gives the log-likelihoods that the checkpoint's own predictions have."""
 
 import builtins
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from model_patch import ConfigError, PolarQuantConfig, load_model
 from model_patch.harness import harness_model
 from model_patch.load import load_tokenizer
 from model_patch.quantize import plan_checkpoint, quantize_checkpoint
+from polar_kernels import PolarEmbedding, PolarLinear
 
 CONTEXT, CONTINUATION = "The kernel reads the weights", " and multiplies them."
 
@@ -35,6 +38,39 @@ def test_log_likelihood_of_a_continuation(quantized: Path, device: torch.device)
         logits = model(whole[None, :-1].to(device)).logits[0].double().log_softmax(-1).cpu()
     expected = logits.gather(-1, whole[1:, None])[len(context) - 1 :].sum()
     assert found == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What lm-eval's model is made of, where a stand-in takes the place of lm-eval."""
+    made: dict[str, Any] = {}
+    stand_in = ModuleType("lm_eval.models.huggingface")
+    stand_in.HFLM = made.update  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lm_eval", ModuleType("lm_eval"))
+    monkeypatch.setitem(sys.modules, "lm_eval.models", ModuleType("lm_eval.models"))
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    return made
+
+
+def test_lm_eval_is_given_the_checkpoint_as_it_loads(
+    quantized: Path, device: torch.device, given: dict[str, Any]
+) -> None:
+    harness_model(str(quantized), device=device, dtype=torch.float32, batch_size=3, max_length=64)
+    model, tokenizer = given.pop("pretrained"), given.pop("tokenizer")
+    assert given == {"batch_size": 3, "max_length": 64}
+    expected = load_model(quantized, device=device, dtype=torch.float32)
+    assert not model.training
+    assert {type(module) for module in model.modules()} >= {PolarLinear, PolarEmbedding}
+    ids = tokenizer(CONTEXT, return_tensors="pt").input_ids
+    assert torch.equal(ids, load_tokenizer(quantized)(CONTEXT, return_tensors="pt").input_ids)
+    with torch.no_grad():
+        assert torch.equal(model(ids.to(device)).logits, expected(ids.to(device)).logits)
+
+
+def test_defaults_are_those_of_a_checkpoint(quantized: Path, device: torch.device, given: dict[str, Any]) -> None:
+    harness_model(str(quantized))
+    assert (given["batch_size"], given["max_length"]) == (1, None)
+    assert (given["pretrained"].dtype, given["pretrained"].device.type) == (torch.bfloat16, device.type)
 
 
 def test_it_says_what_to_install(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

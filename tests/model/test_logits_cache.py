@@ -6,6 +6,7 @@ from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from model_patch import CheckpointError, ConfigError, OutputError, PolarQuantConfig, patch_model
+from model_patch.checkpoint import writer
 from model_patch.evaluate import Convention, evaluate
 from model_patch.logits_cache import LogitsCache, _decode, _encode, open_cache
+from model_patch.quantize import plan_checkpoint, quantize_checkpoint
 
 Open = Callable[..., LogitsCache]
 WINDOW = 20
@@ -38,6 +41,7 @@ def open_in(zoo: Any, tokens: torch.Tensor) -> Open:
 
     def opened(folder: Path, load: Any = None, **changed: Any) -> LogitsCache:
         options = {"window": WINDOW, "stride": None, "convention": Convention.hugging_face, "dtype": torch.float32}
+        options |= {"device": zoo.device, "activation": "int8"}
         source = changed.pop("source", zoo.checkpoint("qwen3"))
         text = changed.pop("tokens", tokens)
         return open_cache(folder, source, text, load or (lambda: zoo.model("qwen3")), **options | changed)
@@ -111,6 +115,7 @@ def test_windows_that_are_missing_are_added(
         ("stride", 3),
         ("convention", Convention.llama_cpp),
         ("dtype", torch.bfloat16),
+        ("device", torch.device("meta")),
         ("tokens", torch.arange(70)),
     ],
 )
@@ -120,12 +125,29 @@ def test_a_cache_of_something_else_is_refused(open_in: Open, key: str, value: An
         open_in(tmp_path / "cache", **{key: value})
 
 
+def test_the_activation_matters_to_a_quantised_reference(tiny: Path, open_in: Open, tmp_path: Path) -> None:
+    quantize_checkpoint(plan_checkpoint(tiny, PolarQuantConfig(4), awq=False), tmp_path / "quantised")
+    open_in(tmp_path / "cache", source=tmp_path / "quantised")
+    with pytest.raises(ConfigError, match="predictions are of another activation: "):
+        open_in(tmp_path / "cache", source=tmp_path / "quantised", activation="exact")
+    open_in(tmp_path / "of a plain one")
+    open_in(tmp_path / "of a plain one", activation="exact")
+
+
 def test_a_source_with_one_other_number_is_refused(zoo: Any, open_in: Open, tmp_path: Path) -> None:
     content = zoo.read(zoo.checkpoint("qwen3"))
     open_in(tmp_path / "cache", source=content.write(tmp_path / "one"))
     content.tensors["model.norm.weight"][0] += 1
     with pytest.raises(ConfigError, match="predictions are of another source"):
         open_in(tmp_path / "cache", source=content.write(tmp_path / "other"))
+
+
+def test_progress_of_reading_the_source(zoo: Any, open_in: Open, tmp_path: Path) -> None:
+    told: list[tuple[int, int, str]] = []
+    open_in(tmp_path / "cache", progress=lambda *step: told.append(step))
+    names = sorted(path.name for path in zoo.checkpoint("qwen3").glob("*.safetensors"))
+    names = ["config.json", *names]
+    assert told == [(i + 1, len(names), name) for i, name in enumerate(names)]
 
 
 def test_a_folder_of_something_else_is_refused_and_untouched(open_in: Open, tmp_path: Path) -> None:
@@ -178,17 +200,48 @@ def test_another_vocabulary_is_refused(
         evaluate(quantized, tokens, window=WINDOW, reference=open_in(tmp_path, never))
 
 
-def test_a_full_disk_leaves_nothing_half_written(
-    quantized: PreTrainedModel, tokens: torch.Tensor, open_in: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From then on only half of what is written at once fits."""
     write = Path.write_bytes
 
     def full(self: Path, content: bytes) -> int:
         write(self, content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
+    def fill() -> None:
+        monkeypatch.setattr(Path, "write_bytes", full)
+        monkeypatch.setattr(Path, "write_text", lambda self, text, encoding=None: full(self, text.encode()))
+
+    return fill
+
+
+def test_a_full_disk_leaves_no_half_record(open_in: Open, fill_the_disk: Callable[[], None], tmp_path: Path) -> None:
+    fill_the_disk()
+    with pytest.raises(OutputError, match="cannot be written: No space left"):
+        open_in(tmp_path)
+    assert files(tmp_path) == []
+
+
+def test_what_a_killed_run_had_in_work_is_no_hindrance(
+    open_in: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr(writer.os, "replace", Mock(side_effect=OSError))
+        killed.setattr(Path, "unlink", Mock())
+        with pytest.raises(OutputError):
+            open_in(tmp_path)
+    (left,) = files(tmp_path)
+    assert left.startswith(".unfinished-")
+    open_in(tmp_path)
+    assert "cache.json" in files(tmp_path)
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    quantized: PreTrainedModel, tokens: torch.Tensor, open_in: Open, fill_the_disk: Callable[[], None], tmp_path: Path
+) -> None:
     cache = open_in(tmp_path)
-    monkeypatch.setattr(Path, "write_bytes", full)
+    fill_the_disk()
     with pytest.raises(OutputError, match=r"window-000000\.safetensors: could not be written: .*No space left"):
         evaluate(quantized, tokens, window=WINDOW, reference=cache)
     assert files(tmp_path) == ["cache.json"]

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from model_patch.checkpoint import package, writer
 from model_patch.checkpoint.reader import Checkpoint
 from model_patch.cli import quantize as command
 from model_patch.cli.app import app
+from model_patch.progress import Progress
 from model_patch.quantize import checkpoint as quantize_module
 from model_patch.quantize import resume, sensitivity
 
@@ -211,6 +213,20 @@ def test_another_version_is_refused(
     interrupted(*PLAIN)
     monkeypatch.setattr(f"{resume.__name__}.{place}", "0.0.9")
     assert f"is of another {key}:" in refused(ConfigError, tiny, tmp_path / "out", *PLAIN)
+
+
+def test_progress_of_reading_the_source(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int, str]] = []
+
+    @contextmanager
+    def bar(description: str) -> Iterator[Progress]:
+        yield lambda *step: told.append((description, *step))
+
+    monkeypatch.setattr(command, "progress_bar", bar)
+    assert run(tiny, tmp_path / "out", *PLAIN, "--resume").exit_code == 0
+    names = ["config.json", *sorted(path.name for path in tiny.glob("*.safetensors"))]
+    steps = [("fingerprint", i + 1, len(names), name) for i, name in enumerate(names)]
+    assert [step for step in told if step[0] == "fingerprint"] == steps
 
 
 @pytest.mark.parametrize("name", ["resume.json", "calibrated.safetensors"])
