@@ -26,8 +26,9 @@ class SiteStatistics:
 
 
 class _Collector:
-    def __init__(self, rows_per_window: int, window: int) -> None:
-        self.rows_per_window, self.window = rows_per_window, window
+    def __init__(self, rows_per_window: int) -> None:
+        self.rows_per_window = rows_per_window
+        self.windows = 1  # that are run at a time; the head sees one row of each
         self.total: torch.Tensor | float = 0.0
         self.count = 0
         self.rows: list[torch.Tensor] = []
@@ -36,7 +37,7 @@ class _Collector:
         x = args[0].detach().flatten(0, -2).float()
         self.total = self.total + x.abs().sum(0)
         self.count += x.shape[0]
-        count = min(self.rows_per_window * (x.shape[0] // self.window), x.shape[0])
+        count = min(self.rows_per_window * self.windows, x.shape[0])
         self.rows.append(x[torch.arange(count, device=x.device) * x.shape[0] // count].cpu())
 
     def result(self) -> SiteStatistics:
@@ -56,11 +57,13 @@ def calibrate(
 
     sites: site -> names of the layers that read it; the first one is listened to. batch_size: windows at a time.
     """
-    collectors = {site: _Collector(max(1, SAMPLE_ROWS // len(windows)), windows.shape[1]) for site in sites}
+    collectors = {site: _Collector(max(1, SAMPLE_ROWS // len(windows))) for site in sites}
     first_layers = {model.get_submodule(names[0]): collectors[site] for site, names in sites.items()}
     with _listening(first_layers):
         done = 0
         for batch in windows.split(batch_size):
+            for collector in collectors.values():
+                collector.windows = len(batch)
             model(batch.to(model.device), use_cache=False, logits_to_keep=1)
             done += len(batch)
             progress(done, len(windows), "calibrating")
