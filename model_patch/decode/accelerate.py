@@ -27,7 +27,7 @@ def accelerate(model: PreTrainedModel, *, max_length: int, batch_size: int = 1, 
     On a CPU the same code runs without graphs, and is no faster.
 
     Raises ArgumentError for sizes that are no positive integers, UnsupportedModelError for architectures that are not
-    known, layers other than full attention and GatedDeltaNet, and models on several devices; PolarError when there is
+    known, layers other than full attention and GatedDeltaNet, plain experts on a GPU, and several devices; PolarError when there is
     not enough memory.
     """
     check_model_type(getattr(getattr(model, "config", None), "model_type", None))
@@ -58,6 +58,7 @@ def decelerate(model: PreTrainedModel) -> None:
             ungroup_projections(model)
 
 
+@torch.inference_mode(False)  # whose tensors stay marked for good
 def _group(model: PreTrainedModel) -> bool:
     """Merge the projections that read the same activation, where that helps; whether it was done here."""
     if model.device.type != "cuda" or any(isinstance(module, PolarGroup) for module in model.modules()):

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from model_patch.decode.state import DecodeState
 from model_patch.decode.step import Step
 from model_patch.errors import UnsupportedModelError
-from polar_kernels import ArgumentError, PolarError, PolarModule
+from polar_kernels import ArgumentError, PolarError, PolarExperts, PolarModule
 
 _SHORTEST = 512  # tokens a step attends to at the least; a step for each doubling, up to max_length
 
@@ -91,8 +91,8 @@ class Decoder:
         """Bring `cache`, which `begin` was given, up to date."""
         self._state.store(cache, self._rows, self._length)
 
-    @torch.no_grad()
     @torch.inference_mode(False)
+    @torch.no_grad()  # inside, since leaving inference mode turns gradients on
     def _prepare(self) -> None:
         self._steps: dict[tuple[int, int], Step] = {}
         self._built_for: tuple[Any, ...] | None = None
@@ -158,3 +158,10 @@ def check_arguments(model: PreTrainedModel, max_length: int, batch_size: int) ->
     if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         found = ", ".join(sorted(str(device) for device in devices))
         raise UnsupportedModelError(f"accelerate wants the whole model on one CPU or CUDA device, found it on {found}")
+    plain = [name for name, module in model.named_modules() if type(module).__name__.endswith("Experts")]
+    plain = [name for name in plain if not isinstance(model.get_submodule(name), PolarExperts)]
+    if model.device.type == "cuda" and plain:
+        raise UnsupportedModelError(
+            f"{plain[0]}: transformers' experts wait for the CPU within a step, which no graph can: quantise them "
+            "(patch_model), or decode without accelerate (--plain)"
+        )

@@ -16,9 +16,6 @@ SAMPLE_ROWS = 1024  # activations kept per site for the search of the exponent
 EXPERT_ROWS = 32  # and for each expert; one that saw fewer tokens is judged by the site's
 
 
-_ANY = 1 << 62
-
-
 @dataclass
 class SiteStatistics:
     """Activations read by the layers of one input site.
@@ -38,8 +35,9 @@ class SiteStatistics:
 
 
 class _Collector:
-    def __init__(self, rows_per_window: int, window: int) -> None:
-        self.rows_per_window, self.window = rows_per_window, window
+    def __init__(self, rows_per_window: int) -> None:
+        self.rows_per_window = rows_per_window
+        self.windows = 1  # that are run at a time; the head sees one row of each
         self.total: torch.Tensor | float = 0.0
         self.count = 0
         self.rows: list[torch.Tensor] = []
@@ -48,7 +46,7 @@ class _Collector:
         x = args[0].detach().flatten(0, -2).float()
         self.total = self.total + x.abs().sum(0)
         self.count += x.shape[0]
-        count = min(self.rows_per_window * max(1, x.shape[0] // self.window), x.shape[0])
+        count = min(self.rows_per_window * self.windows, x.shape[0])
         self.rows.append(x[torch.arange(count, device=x.device) * x.shape[0] // count].cpu())
 
     def result(self) -> SiteStatistics:
@@ -60,7 +58,7 @@ class _ExpertCollector(_Collector):
     """Listens to the module of all experts, for one of its projections."""
 
     def __init__(self, rows_per_window: int, projection: str) -> None:
-        super().__init__(rows_per_window, _ANY)  # what experts read has as many rows as the router makes
+        super().__init__(rows_per_window)
         self.projection = projection
         self.seen: list[torch.Tensor] = []
 
@@ -96,21 +94,22 @@ def calibrate(
 
     sites: site -> names of the layers that read it; the first one is listened to. batch_size: windows at a time.
     """
-    rows, window = max(1, SAMPLE_ROWS // len(windows)), windows.shape[1]
-    collectors = {site: _collector(names[0], rows, window) for site, names in sites.items()}
+    collectors = {site: _collector(names[0], max(1, SAMPLE_ROWS // len(windows))) for site, names in sites.items()}
     with _listening(model, {names[0]: collectors[site] for site, names in sites.items()}):
         done = 0
         for batch in windows.split(batch_size):
+            for collector in collectors.values():
+                collector.windows = len(batch)
             model(batch.to(model.device), use_cache=False, logits_to_keep=1)
             done += len(batch)
             progress(done, len(windows), "calibrating")
     return {site: collector.result() for site, collector in collectors.items()}
 
 
-def _collector(layer: str, rows_per_window: int, window: int) -> _Collector:
+def _collector(layer: str, rows_per_window: int) -> _Collector:
     if kind_of(layer) is Kind.EXPERTS:
         return _ExpertCollector(rows_per_window, layer.rpartition(".")[2])
-    return _Collector(rows_per_window, window)
+    return _Collector(rows_per_window)
 
 
 @contextmanager

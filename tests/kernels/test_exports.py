@@ -24,6 +24,8 @@ def test_public_names() -> None:
         "NoDenseWeightError",
         "PolarEmbedding",
         "PolarError",
+        "PolarExpertProjection",
+        "PolarExperts",
         "PolarGroup",
         "PolarLinear",
         "PolarModule",

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from model_patch import accelerate, decelerate, group_projections, patch_model, set_activation
+from model_patch import UnsupportedModelError, accelerate, decelerate, group_projections, patch_model, set_activation
 from model_patch.decode import decoder as decoder_module
 from model_patch.decode import fusion
 from model_patch.decode.step import Step
@@ -60,6 +60,10 @@ class Recorder(BaseStreamer):
 
 @pytest.mark.parametrize("quantized", [True, False])
 def test_tokens_are_those_of_the_plain_path(zoo: Any, architecture: str, quantized: bool) -> None:
+    if "moe" in architecture and not quantized and zoo.device.type == "cuda":
+        with pytest.raises(UnsupportedModelError, match=r"experts: transformers' experts wait"):
+            accelerate(zoo.model(architecture), max_length=LENGTH)
+        return
     model = patched(zoo, architecture) if quantized else zoo.model(architecture)
     asked = [prompts(zoo.device, rows) | GREEDY for rows in (ROWS, 2, 1)]
     sampled = prompts(zoo.device) | {"max_new_tokens": 8, "do_sample": True, "pad_token_id": 0, "top_k": 5}

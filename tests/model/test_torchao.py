@@ -30,5 +30,5 @@ def test_torchao_takes_a_dequantised_model(zoo: Any) -> None:
         torchao.quantize_(model, config)
         assert type(layer.weight.data) is not torch.Tensor  # torchao's own
         error = (model(ids).logits.float() - expected).norm() / expected.norm()
-    assert 0 < error < 0.25
+    assert 0 < error < 0.6  # int4 of random weights
     assert model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (1, 23)
