@@ -1,5 +1,6 @@
 """Turning fast decoding on and off for a model."""
 
+import torch
 from transformers import PreTrainedModel
 
 from model_patch.architectures import check_model_type
@@ -26,9 +27,9 @@ def accelerate(model: PreTrainedModel, *, max_length: int, batch_size: int = 1, 
     take transformers' own path, with a warning. Layers may be changed afterwards: the graphs are then captured again.
     On a CPU the same code runs without graphs, and is no faster.
 
-    Raises ArgumentError for sizes that are no positive integers, UnsupportedModelError for architectures that are not
-    known, layers other than full attention and GatedDeltaNet, plain experts on a GPU, and several devices; PolarError when there is
-    not enough memory.
+    Raises ArgumentError for sizes that are no positive integers; UnsupportedModelError for architectures that are not
+    known, layers other than full attention and GatedDeltaNet, plain experts on a GPU, and several devices; PolarError
+    when there is not enough memory.
     """
     check_model_type(getattr(getattr(model, "config", None), "model_type", None))
     check_arguments(model, max_length, batch_size)
