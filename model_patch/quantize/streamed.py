@@ -7,14 +7,12 @@ Reading costs more than running, so that several windows are run at a time.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from model_patch.checkpoint.reader import Checkpoint
-from model_patch.errors import ConfigError
 from model_patch.load import load_placed, meta_model
 
 _SHARE = 0.8  # of the free memory that a model may take to be loaded as a whole
@@ -32,10 +30,8 @@ def fits(source: Path, device: torch.device) -> bool:
 def load_streamed(source: Path, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:
     """The model of a local folder with its decoder layers on disk, all else on the device.
 
-    Raises ConfigError without accelerate, and what `load_model` raises.
+    Raises what `load_model` raises.
     """
-    if find_spec("accelerate") is None:
-        raise ConfigError("reading a model layer by layer needs accelerate: pip install 'polar-kernels[streamed]'")
     structure = meta_model(source)
     layers = {id(layer) for layer in structure.get_decoder().layers}
     places: dict[str, str] = {}  # as text, which safetensors wants

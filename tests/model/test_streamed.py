@@ -13,8 +13,6 @@ from model_patch.cli.app import app
 from model_patch.quantize import calibrate_plan, plan_checkpoint, streamed
 from model_patch.quantize.streamed import fits, forgetting_activations, load_streamed
 
-pytest.importorskip("accelerate")
-
 
 def layers_of(model: Any) -> Iterator[torch.Tensor]:
     for layer in model.get_decoder().layers:
@@ -83,12 +81,6 @@ def test_whether_a_model_fits(device: torch.device, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(streamed.os, "sysconf", lambda name: free if name == "SC_AVPHYS_PAGES" else 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
     assert not fits(demo.MODEL, device)
-
-
-def test_it_needs_accelerate(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streamed, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'polar-kernels\[streamed\]'"):
-        load_streamed(demo.MODEL, device, "auto")
 
 
 @pytest.mark.parametrize(
