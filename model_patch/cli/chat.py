@@ -9,12 +9,11 @@ import torch
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from model_patch.cli.decoding import load_for_decoding
 from model_patch.cli.generate import sampling, speed
-from model_patch.cli.options import Accelerated, Device, DType, Exact, Folder, pick_accelerated, pick_device, pick_dtype
-from model_patch.decode import accelerate
+from model_patch.cli.options import Accelerated, Device, DType, Exact, Folder, pick_device, pick_dtype
 from model_patch.errors import CheckpointError
-from model_patch.load import load_model, load_tokenizer
-from model_patch.patch import set_activation
+from model_patch.load import load_tokenizer
 from polar_kernels.errors import ArgumentError
 
 Messages = list[dict[str, str]]
@@ -38,10 +37,8 @@ def chat(
         raise CheckpointError(
             folder, "its tokenizer has no chat template (chat_template.jinja): `polar generate` continues plain text"
         )
-    model = load_model(folder, device=target, dtype=pick_dtype(dtype, target))
-    set_activation(model, "exact" if exact else "int8")
-    if pick_accelerated(accelerated, target):
-        accelerate(model, max_length=max_length)
+    as_dtype = pick_dtype(dtype, target)
+    model = load_for_decoding(folder, target, as_dtype, exact=exact, accelerated=accelerated, max_length=max_length)
     messages: Messages = [{"role": "system", "content": system}] if system else []
     options = {"max_new_tokens": max_new_tokens, **sampling(temperature)}
     for line in _lines():

@@ -7,6 +7,7 @@ import torch
 import typer
 from transformers import TextStreamer
 
+from model_patch.cli.decoding import load_for_decoding
 from model_patch.cli.options import (
     Accelerated,
     AsJson,
@@ -14,14 +15,11 @@ from model_patch.cli.options import (
     DType,
     Exact,
     Folder,
-    pick_accelerated,
     pick_device,
     pick_dtype,
     print_json,
 )
-from model_patch.decode import accelerate
-from model_patch.load import load_model, load_tokenizer
-from model_patch.patch import set_activation
+from model_patch.load import load_tokenizer
 from polar_kernels.errors import ArgumentError
 
 
@@ -42,11 +40,15 @@ def generate(
     inputs = tokenizer(prompt, return_tensors="pt").to(target)
     if not inputs.input_ids.numel():
         raise ArgumentError("the prompt has no tokens: give it at least a word")
-    model = load_model(folder, device=target, dtype=pick_dtype(dtype, target))
-    set_activation(model, "exact" if exact else "int8")
-    if pick_accelerated(accelerated, target):
-        # One prompt does not give back what torch.compile takes.
-        accelerate(model, max_length=inputs.input_ids.shape[1] + max_new_tokens, compile=False)
+    model = load_for_decoding(
+        folder,
+        target,
+        pick_dtype(dtype, target),
+        exact=exact,
+        accelerated=accelerated,
+        max_length=inputs.input_ids.shape[1] + max_new_tokens,
+        compile=False,  # one prompt does not give back what torch.compile takes
+    )
     streamer = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)
     start = time.perf_counter()
     with torch.inference_mode():

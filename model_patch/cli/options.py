@@ -54,11 +54,6 @@ def pick_device(device: str | None) -> torch.device:
     return picked
 
 
-def pick_accelerated(accelerated: bool | None, device: torch.device) -> bool:
-    """The asked way of decoding, or the default for the device."""
-    return device.type == "cuda" if accelerated is None else accelerated
-
-
 def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:
     """The asked dtype, or the default for the device. Raises ConfigError for an unknown one."""
     if dtype is None:

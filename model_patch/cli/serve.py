@@ -6,21 +6,18 @@ from typing import Annotated
 import typer
 from transformers import PreTrainedModel
 
+from model_patch.cli.decoding import load_for_decoding
 from model_patch.cli.options import (
     Accelerated,
     Device,
     DType,
     Exact,
     Folder,
-    pick_accelerated,
     pick_device,
     pick_dtype,
     warn,
 )
-from model_patch.decode import accelerate
 from model_patch.errors import ConfigError
-from model_patch.load import load_model
-from model_patch.patch import set_activation
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -52,10 +49,8 @@ def serve(
         warn([f"anyone who reaches {host} can use this server: it asks for no key"])
 
     def load() -> PreTrainedModel:
-        model = load_model(folder, device=target, dtype=as_dtype)
-        set_activation(model, "exact" if exact else "int8")
-        if pick_accelerated(accelerated, target) and not continuous_batching:
-            accelerate(model, max_length=max_length)
+        by_steps = False if continuous_batching else accelerated
+        model = load_for_decoding(folder, target, as_dtype, exact=exact, accelerated=by_steps, max_length=max_length)
         typer.echo(f"{folder} at http://{f'[{host}]' if ':' in host else host}:{port}/v1, Ctrl-C stops", err=True)
         return model
 

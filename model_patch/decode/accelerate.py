@@ -17,8 +17,8 @@ def accelerate(model: PreTrainedModel, *, max_length: int, batch_size: int = 1, 
     taken now, and the graphs of one sequence and of `batch_size` are captured; those of sizes between, when they first
     come. The model may be quantised or plain; its weights are not copied. What an earlier call made is replaced.
 
-    compile: fuse norms, rotary and SiLU by torch.compile before the capture,
-    with the same roundings. It takes some seconds for every batch size, less once they are in its cache.
+    compile: fuse norms, rotary and SiLU by torch.compile before the capture, with the same roundings. It takes some
+    seconds for every batch size, less once they are in its cache.
 
     Quantised projections that read the same activation are grouped (`group_projections`) until `decelerate`.
 

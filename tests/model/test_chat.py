@@ -9,9 +9,10 @@ import torch
 from typer.testing import CliRunner, Result
 
 from model_patch.cli import chat as chat_module
+from model_patch.cli import decoding
 from model_patch.cli.app import app
 from model_patch.demo import MODEL
-from model_patch.errors import CheckpointError
+from model_patch.errors import CheckpointError, UnsupportedModelError
 from model_patch.load import load_model, load_tokenizer
 from polar_kernels import ArgumentError
 
@@ -84,3 +85,27 @@ def test_a_conversation_that_is_too_long(folder: Path) -> None:
     fits = talk(folder, "The kernel is\n", "--max-length", length + 3, "--accelerated")
     assert fits.exit_code == 0, fits.exception
     assert "3 tokens in" in fits.stderr
+
+
+@pytest.mark.parametrize(("accelerated", "raised"), [(None, False), (True, True), (False, False)])
+def test_a_model_that_accelerate_does_not_take(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], accelerated: bool | None, raised: bool
+) -> None:
+    """Goes without, and says so; unless it was asked for."""
+    asked = []
+
+    def refuses(model: object, **options: object) -> None:
+        asked.append(options)
+        raise UnsupportedModelError("some layer")
+
+    monkeypatch.setattr(decoding, "accelerate", refuses)
+    monkeypatch.setattr(decoding, "load_model", lambda *args, **kwargs: torch.nn.Module())
+    arguments = ("folder", torch.device("cuda"), "auto")
+    options = {"exact": False, "accelerated": accelerated, "max_length": 9}
+    if raised:
+        with pytest.raises(UnsupportedModelError):
+            decoding.load_for_decoding(*arguments, **options)
+    else:
+        assert isinstance(decoding.load_for_decoding(*arguments, **options), torch.nn.Module)
+    assert asked == ([] if accelerated is False else [{"max_length": 9, "compile": True}])
+    assert ("without captured steps, slower: some layer" in capsys.readouterr().err) == (accelerated is None)
