@@ -12,6 +12,8 @@ import torch
 from polar_bench import ablate, report
 from polar_bench.report import Result
 
+from model_patch.checkpoint.writer import write_whole
+
 COLUMNS = ["weights", "bits a weight", "perplexity", "mean KL", "of baseline", "99 % KL", "same top-1"]
 
 
@@ -69,7 +71,7 @@ def document(results: Sequence[Path], out: Path) -> None:
     """Write docs/quality.md from result files."""
     parts = [_INTRODUCTION]
     parts += [_section(json.loads(path.read_text(encoding="utf-8")), path, out.parent) for path in results]
-    out.write_text("\n".join(parts), encoding="utf-8")
+    write_whole(out, "\n".join(parts).encode())
 
 
 _INTRODUCTION = f"""# Quality

@@ -17,6 +17,7 @@ import torch
 from polar_bench import model_report
 from polar_bench.kernels import Measurement
 
+from model_patch.checkpoint.writer import write_whole
 from polar_kernels.version import __version__
 
 # 12288 x 4096 stands for two layers of the model: gate or up, and the merged GatedDeltaNet projections.
@@ -70,7 +71,7 @@ def write_json(result: Result, folder: Path, stem: str) -> Path:
     """Write <stem>.json into the folder; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
     return path
 
 
@@ -115,7 +116,7 @@ def document(folder: Path, out: Path) -> None:
         result = json.loads(path.read_text(encoding="utf-8"))
         of_models = path.name.startswith("model-")
         parts.append(model_report.section(result) if of_models else _section(result, path, out.parent))
-    out.write_text("\n".join(parts), encoding="utf-8")
+    write_whole(out, "\n".join(parts).encode())
 
 
 _INTRODUCTION = """# Benchmarks
