@@ -7,7 +7,7 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from model_patch.architectures import Kind, canonical, kind_of
-from model_patch.config import METHOD, PolarQuantConfig
+from model_patch.config import METHOD, PolarQuantConfig, matches
 from model_patch.errors import CheckpointError, ConfigError
 from model_patch.vllm.versions import check_version
 
@@ -120,9 +120,18 @@ class VllmPolarConfig(QuantizationConfig):
                 f"vLLM multiplies by these layers as one, so that they must have the same bits; found {found}"
             )
         if bits[0] is None:
+            self._check_plain(names)
             return None
         awq = self.stated.awq and kind_of(names[0]) is not Kind.EMBEDDING
         return QuantizedWeight(" + ".join(names), self.levels[bits[0]], awq)
+
+    def _check_plain(self, names: list[str]) -> None:
+        """Raise CheckpointError where layers would be quantised if transformers' model of this config had them: vLLM
+        does not miss their tensors, and would compute with what is in memory."""
+        patterns = self.stated.modules_to_not_convert
+        for name in names:
+            if kind_of(name) is Kind.LINEAR and not any(matches(pattern, name) for pattern in patterns):
+                raise CheckpointError("config.json", f"vLLM builds a layer {name} that the checkpoint does not have")
 
     @classmethod
     def get_name(cls) -> Any:
