@@ -28,6 +28,7 @@ from transformers import (
 
 from model_patch import PolarQuantConfig, load_model, patch_model
 from model_patch.architectures import weight_name
+from model_patch.checkpoint.reader import Checkpoint
 from model_patch.patch import plan_model
 
 ENGINE = Path(__file__).parent / "engine.py"
@@ -106,27 +107,17 @@ def _ids(length: int, step: int) -> list[int]:
 
 @dataclass
 class Result:
-    """tokens and logprobs of each prompt's continuation, or the error; log: of the process, so of all its jobs."""
+    """tokens and logprobs of each prompt's continuation, or the error; log: of the process, so of all its jobs.
+
+    quantized_bytes, plain_bytes: of the tensors that each rank holds, in the layers of ours and elsewhere.
+    """
 
     log: str
     tokens: list[list[int]] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
+    quantized_bytes: list[int] = field(default_factory=list)
+    plain_bytes: list[int] = field(default_factory=list)
     error: str | None = None
-
-
-def run_engine(jobs: list[Job], folder: Path) -> list[Result]:
-    """The jobs one after the other in one new process."""
-    out = folder / "results.json"
-    text = json.dumps([asdict(job) for job in jobs])
-    command = [sys.executable, str(ENGINE), str(out)]
-    process = subprocess.run(command, input=text, capture_output=True, text=True, env=environment(), timeout=600)
-    assert out.is_file(), process.stdout[-5000:] + process.stderr[-5000:]
-    return [Result(process.stdout + process.stderr, **result) for result in json.loads(out.read_text())]
-
-
-def environment() -> dict[str, str]:
-    """This process's, without the interpreter that the tests of the kernels run in."""
-    return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
 
 @dataclass
@@ -173,28 +164,82 @@ def _awq_scales(model: PreTrainedModel, shared_by: str) -> dict[str, torch.Tenso
     return found
 
 
-@pytest.fixture(scope="session")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Quantized:
-    return Quantized(tmp_path_factory.mktemp("quantized"))
+@dataclass
+class Engine:
+    """vLLM over the checkpoints of `quantized`, and transformers to compare it with."""
+
+    quantized: Quantized
+    folders: Callable[[str], Path]
+
+    def job(self, name: str, scales: str = "site", **options: Any) -> Job:
+        return Job(str(self.quantized.folder(name, scales=scales)), **options)
+
+    def result(self, tokens: list[list[int]], logprobs: list[list[float]]) -> Result:
+        return Result("", tokens, logprobs)
+
+    def environment(self) -> dict[str, str]:
+        """This process's, without the interpreter that the tests of the kernels run in."""
+        return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+
+    def run(self, jobs: list[Job]) -> list[Result]:
+        """The jobs one after the other in one new process."""
+        out = self.folders("engine") / "results.json"
+        text = json.dumps([asdict(job) for job in jobs])
+        command = [sys.executable, str(ENGINE), str(out)]
+        process = subprocess.run(command, input=text, capture_output=True, text=True, env=self.environment(), timeout=600)
+        log = process.stdout + process.stderr
+        assert out.is_file(), log[-10000:]
+        return [Result(log, **result) for result in json.loads(out.read_text())]
+
+    def check_exact(self, job: Job, result: Result) -> None:
+        """In fp32: transformers' own tokens, and its log-probabilities but for the order of sums."""
+        assert result.error is None, result.log[-10000:]
+        expected, below = reference_logprobs(job, result.tokens, torch.float32)
+        assert below.max() == 0
+        torch.testing.assert_close(torch.tensor(result.logprobs), expected, rtol=1e-4, atol=1e-4)
+
+    def check_rounded(self, job: Job, result: Result) -> None:
+        """In bf16: as near to fp32 as transformers' bf16 is, and no token that fp32 would not find nearly as likely as
+        its own."""
+        assert result.error is None, result.log[-10000:]
+        exact, below = reference_logprobs(job, result.tokens, torch.float32)
+        rounded, _ = reference_logprobs(job, result.tokens, torch.bfloat16)
+        error, allowed = (
+            (scores - exact).square().mean().sqrt().item() for scores in (torch.tensor(result.logprobs), rounded)
+        )
+        assert error < 2 * allowed
+        assert below.max() < 10 * allowed
+
+    def check_bytes(self, job: Job, result: Result) -> None:
+        """Held are the stored bytes, over the ranks, and what is small: tables, AWQ scales, rows that fill up to 64s,
+        fp32 gates."""
+        tensors = Checkpoint.open(Path(job.folder)).tensors
+        split = sum(info.nbytes for name, info in tensors.items() if name.endswith((".packed", ".norms")))
+        whole = sum(info.nbytes for name, info in tensors.items() if not name.endswith((".packed", ".norms")))
+        ranks = job.tensor_parallel
+        assert len(result.quantized_bytes) == len(result.plain_bytes) == ranks
+        for quantized, plain in zip(result.quantized_bytes, result.plain_bytes, strict=True):
+            assert split / ranks <= quantized < 1.05 * split / ranks
+            assert plain < whole * (2 if job.dtype == "float32" else 1) + 1000  # on disk they are bf16
 
 
 @torch.no_grad()
-def reference_logprobs(job: Job, tokens: list[list[int]], dtype: torch.dtype) -> tuple[list[list[float]], list[float]]:
-    """What transformers, over the same checkpoint, gives to each of `tokens` after its prompt, and how far in
-    log-probability each is below the likeliest: the latter of all prompts in one list."""
+def reference_logprobs(job: Job, tokens: list[list[int]], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """What transformers, over the same checkpoint, gives to each of `tokens` after its prompt [prompts, new], and how
+    far in log-probability each is below the likeliest."""
     model = load_model(job.folder, device="cpu", dtype=dtype)
     found, below = [], []
     for prompt, new in zip(job.prompts, tokens, strict=True):
         logits = model(input_ids=torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
         scores = logits.float().log_softmax(-1)
-        chosen = scores.gather(1, torch.tensor(new)[:, None])[:, 0]
-        found.append(chosen.tolist())
-        below += (scores.amax(-1) - chosen).tolist()
-    return found, below
+        found.append(scores.gather(1, torch.tensor(new)[:, None])[:, 0])
+        below.append(scores.amax(-1) - found[-1])
+    return torch.stack(found), torch.stack(below)
 
 
-def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    return None
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return Engine(Quantized(tmp_path_factory.mktemp("quantized")), tmp_path_factory.mktemp)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,7 @@
 """vLLM in a process of its own, for the tests: jobs as JSON on stdin, their results as JSON in a file.
 
 A job is {folder, dtype, prompts: [[id]], new_tokens, tensor_parallel, compiled}; its result {tokens: [[id]], logprobs:
-[[float]]} of greedy decoding, or {error: text} where vLLM did not start. Nothing here imports model_patch.
+[[float]]} of greedy decoding with {quantized_bytes, plain_bytes: [of a rank]}, or {error: text} where vLLM did not start. Nothing here imports model_patch.
 """
 
 import gc
@@ -10,6 +10,13 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+
+
+def weigh(model: Any) -> tuple[int, int]:
+    """Bytes of the tensors in the layers of ours, and of the other parameters."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    quantized = [tensor.nbytes for name, tensor in named.items() if ".polar." in name]
+    return sum(quantized), sum(p.nbytes for p in model.parameters())
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +37,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         count = job["new_tokens"]
         greedy = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=1, detokenize=False)
         outputs = [r.outputs[0] for r in engine.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], greedy)]
+        quantized, plain = zip(*engine.apply_model(weigh), strict=True)
         return {
+            "quantized_bytes": quantized,
+            "plain_bytes": plain,
             "tokens": [list(output.token_ids) for output in outputs],
             "logprobs": [
                 [at[token].logprob for token, at in zip(output.token_ids, output.logprobs, strict=True)]
@@ -47,6 +57,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for `weigh`, sent to the workers
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     jobs = json.load(sys.stdin)
     if any(job["tensor_parallel"] > 1 for job in jobs):
