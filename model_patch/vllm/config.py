@@ -73,7 +73,7 @@ class VllmPolarConfig(QuantizationConfig):
         self.tied_head = stored.tied_head is not None
         self._read = True
 
-    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         """The method for one of vLLM's layers; None leaves an embedding, a head or experts as they are.
 
         Raises ConfigError where vLLM merges layers that are not quantised alike.

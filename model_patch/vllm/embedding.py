@@ -22,7 +22,7 @@ class PolarEmbeddingMethod(QuantizeMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -33,7 +33,7 @@ class PolarEmbeddingMethod(QuantizeMethodBase):
         self._rows, self._dim, self._dtype = output_partition_sizes, input_size_per_partition, params_dtype
         add_linear_parameters(layer, self.weight, self._rows, self._dim, attributes["weight_loader"])
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if hasattr(layer, "polar"):  # a tied head is this very layer, and comes by twice
             return
         (weight,) = take_weights(layer, self.weight, self._rows, self._dim)
@@ -41,11 +41,11 @@ class PolarEmbeddingMethod(QuantizeMethodBase):
         if self.serves_head:
             layer.polar.serve_head()
 
-    def embedding(self, layer: nn.Module, input_: torch.Tensor) -> torch.Tensor:
+    def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         """Ids [...] of this rank's rows -> [..., embedding_dim]."""
         return layer.polar(input_)
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., embedding_dim] -> logits [..., rows of this rank]."""
         return layer.polar.multiply(x, bias)
 
@@ -53,13 +53,13 @@ class PolarEmbeddingMethod(QuantizeMethodBase):
 class TiedHeadMethod(QuantizeMethodBase):
     """Of a head that vLLM makes and then ties: it has no weight, and the embedding takes its place."""
 
-    def create_weights(self, layer: nn.Module, *sizes: Any, **attributes: Any) -> None:
+    def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
         """Nothing to hold."""
 
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+    def tie_weights(self, layer: Any, embed_tokens: nn.Module) -> nn.Module:
         return embed_tokens
 
-    def apply(self, layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def apply(self, layer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise NotImplementedError("a tied head is served by the embedding")
 
 

@@ -25,7 +25,7 @@ class PolarExpertsMethod(FusedMoEMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
@@ -40,17 +40,17 @@ class PolarExpertsMethod(FusedMoEMethodBase):
         layer.down_proj = _empty_projection(num_experts, hidden_size, middle, self.down)
         layer.load_weights = partial(_load_weights, layer)
 
-    def _check(self, layer: nn.Module, middle: int) -> None:
+    def _check(self, layer: Any, middle: int) -> None:
         parallel = layer.moe_config.moe_parallel_config
         if parallel.use_ep:
             raise UnsupportedModelError(
-                f"{layer.layer_name}: experts are split, not distributed, among GPUs: leave out --enable-expert-parallel"
+                f"{layer.layer_name}: each expert is split among the GPUs: leave out --enable-expert-parallel"
             )
         check_split(self.down.name, middle * parallel.tp_size, middle)
         if layer.activation.value != "silu" or layer.apply_router_weight_on_input:
             raise UnsupportedModelError(f"{layer.layer_name}: experts must have SiLU, and weights on their outputs")
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         count, hidden, middle = self._shape
         (gate_up,) = take_weights(layer.gate_up_proj, self.gate_up, [count * 2 * middle], hidden)
         (down,) = take_weights(layer.down_proj, self.down, [count * hidden], middle)
@@ -58,12 +58,12 @@ class PolarExpertsMethod(FusedMoEMethodBase):
         projections = (PolarExpertProjection.from_weight(weight, count) for weight in (gate_up, down))
         layer.polar = PolarExperts(*projections)
 
-    def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: for vLLM's own kernels."""
 
     def apply(
         self,
-        layer: nn.Module,
+        layer: Any,
         x: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
@@ -89,7 +89,7 @@ def _empty_projection(count: int, rows: int, columns: int, weight: QuantizedWeig
     return projection
 
 
-def _load_weights(layer: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
+def _load_weights(layer: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
     """Read `gate_up_proj.packed` and its like, of all experts, in place of vLLM's loader, which knows other names."""
     rank = layer.moe_config.moe_parallel_config.tp_rank
     for name, loaded in weights:

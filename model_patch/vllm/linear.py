@@ -24,7 +24,7 @@ class PolarLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -36,11 +36,11 @@ class PolarLinearMethod(LinearMethodBase):
         self._rows, self._in_features = output_partition_sizes, input_size_per_partition
         add_linear_parameters(layer, self.weight, self._rows, self._in_features, attributes["weight_loader"])
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         weights = take_weights(layer, self.weight, self._rows, self._in_features)
         layer.polar = nn.ModuleList(PolarLinear.from_weight(weight) for weight in weights)
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K of this rank] -> [..., rows of this rank]."""
         if len(layer.polar) == 1:
             return layer.polar[0].multiply(x, bias)

@@ -29,9 +29,7 @@ def check_split(name: str, in_features: int, own: int) -> None:
     )
 
 
-def add_linear_parameters(
-    layer: nn.Module, weight: QuantizedWeight, rows: list[int], in_features: int, loader: Any
-) -> None:
+def add_linear_parameters(layer: Any, weight: QuantizedWeight, rows: list[int], in_features: int, loader: Any) -> None:
     """Give a layer packed, norms and, with AWQ, awq_scales [parts, K], whose parts of `rows` rows vLLM has merged.
 
     in_features: this rank's. loader: the layer's own, which knows where the rows of a part go.
@@ -51,7 +49,7 @@ def add_linear_parameters(
 
 
 def _load_scales(
-    layer: nn.Module, parameter: nn.Parameter, loaded: torch.Tensor, shard: str | int | tuple[int, ...] | None = None
+    layer: Any, parameter: nn.Parameter, loaded: torch.Tensor, shard: str | int | tuple[int, ...] | None = None
 ) -> None:
     """Put awq_scales [K] into the rows of awq_scales [parts, K of this rank] that the parts `shard` have."""
     own = parameter.shape[1]
@@ -66,7 +64,7 @@ def _load_scales(
     parameter.data[rows] = loaded.to(parameter.device)
 
 
-def take_weights(layer: nn.Module, weight: QuantizedWeight, rows: list[int], in_features: int) -> list[PolarWeight]:
+def take_weights(layer: Any, weight: QuantizedWeight, rows: list[int], in_features: int) -> list[PolarWeight]:
     """What was loaded into the parameters of `layer`, which are gone then: neighbouring parts of `rows` rows that have
     the same awq_scales as one weight.
 

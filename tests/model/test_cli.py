@@ -789,7 +789,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], Non
         config = shutil.copy(folder / "config.json", tmp_path / "cache")
         headers = _hub_headers(folder)
         monkeypatch.setattr("model_patch.load.hf_hub_download", _by_name(str(config)))
-        monkeypatch.setattr("model_patch.load.get_safetensors_metadata", lambda name, revision: headers if name == NAME else None)
+        monkeypatch.setattr(
+            "model_patch.load.get_safetensors_metadata", lambda name, revision: headers if name == NAME else None
+        )
         monkeypatch.setattr("model_patch.load.snapshot_download", _forbidden)
 
     return serve

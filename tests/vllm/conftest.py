@@ -186,7 +186,9 @@ class Engine:
         out = self.folders("engine") / "results.json"
         text = json.dumps([asdict(job) for job in jobs])
         command = [sys.executable, str(ENGINE), str(out)]
-        process = subprocess.run(command, input=text, capture_output=True, text=True, env=self.environment(), timeout=600)
+        process = subprocess.run(
+            command, input=text, capture_output=True, text=True, env=self.environment(), timeout=600
+        )
         log = process.stdout + process.stderr
         assert out.is_file(), log[-10000:]
         return [Result(log, **result) for result in json.loads(out.read_text())]

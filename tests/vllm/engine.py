@@ -1,7 +1,8 @@
 """vLLM in a process of its own, for the tests: jobs as JSON on stdin, their results as JSON in a file.
 
-A job is {folder, dtype, prompts: [[id]], new_tokens, tensor_parallel, compiled}; its result {tokens: [[id]], logprobs:
-[[float]]} of greedy decoding with {quantized_bytes, plain_bytes: [of a rank]}, or {error: text} where vLLM did not start. Nothing here imports model_patch.
+A job is {folder, dtype, prompts: [[id]], new_tokens, tensor_parallel, compiled}; its result, of greedy decoding, {tokens:
+[[id]], logprobs: [[float]], quantized_bytes and plain_bytes: [of each rank]}, or {error: text} where vLLM did not start.
+Nothing here imports model_patch.
 """
 
 import gc
@@ -47,7 +48,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
                 for output in outputs
             ],
         }
-    except Exception as error:  # whatever kind it is, the tests look for our text in it
+    except Exception as error:  # noqa: BLE001  (of any kind: the tests look for our text in it)
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         del engine

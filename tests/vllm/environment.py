@@ -11,7 +11,7 @@ import importlib.metadata
 import site
 from pathlib import Path
 
-_SHIM = '''
+_SHIM = """
 import sys
 from importlib.abc import MetaPathFinder
 
@@ -31,7 +31,7 @@ class _Operators(MetaPathFinder):
 
 _kept = []
 sys.meta_path.insert(0, _Operators())
-'''
+"""
 
 
 def main() -> None:

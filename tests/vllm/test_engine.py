@@ -11,6 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from model_patch.cli.app import app
+from model_patch.demo import MODEL
 
 # Name -> options. vLLM's GatedDeltaNet on a CPU has bf16 only.
 EXACT: dict[str, dict[str, Any]] = {
@@ -91,3 +95,16 @@ def test_a_bad_checkpoint_is_refused(done: dict[Any, Any], spoil: Callable[..., 
     error = done[spoil][1].error
     assert error is not None
     assert SPOILT[spoil] in error
+
+
+@pytest.mark.all_of_vllm
+def test_what_polar_quantize_writes_and_what_vllm_compiles(engine: Any, tmp_path: Path) -> None:
+    quantize = CliRunner().invoke(app, ["quantize", str(MODEL), str(tmp_path / "demo"), "--windows", "4"])
+    assert quantize.exit_code == 0, quantize.output
+    exact = engine.job("qwen3_moe", compiled=True)
+    rounded = [type(exact)(str(tmp_path / "demo"), dtype="bfloat16")]
+    rounded += [engine.job(name, dtype="bfloat16", compiled=True) for name in ("qwen3_5_text", "qwen3_5")]
+    first, *others = engine.run([exact, *rounded])
+    engine.check_exact(exact, first)
+    for job, result in zip(rounded, others, strict=True):
+        engine.check_rounded(job, result)
