@@ -120,9 +120,10 @@ def check_experts(
         raise ArgumentError(f"top_k_index must be int32 or int64, found {top_k_index.dtype}")
     if not top_k_weights.is_floating_point():
         raise ArgumentError(f"top_k_weights must be float, found {top_k_weights.dtype}")
-    if top_k_index.dim() != 2 or len(top_k_index) != len(x) or top_k_weights.shape != top_k_index.shape:
+    tokens = x.shape[0]  # not len(x), which would fix a size that is traced as dynamic
+    if top_k_index.dim() != 2 or top_k_index.shape[0] != tokens or top_k_weights.shape != top_k_index.shape:
         found = f"{list(top_k_index.shape)} and {list(top_k_weights.shape)}"
-        raise ArgumentError(f"top_k_index and top_k_weights must both be [{len(x)}, k], found {found}")
+        raise ArgumentError(f"top_k_index and top_k_weights must both be [{tokens}, k], found {found}")
     if gate_up_packed.dim() != 3 or gate_up_packed.shape[1] % 2:
         raise ArgumentError(f"gate_up_packed must be [E, 2 * I, bytes], found {list(gate_up_packed.shape)}")
     count, middle = gate_up_packed.shape[0], gate_up_packed.shape[1] // 2

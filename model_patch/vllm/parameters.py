@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightParameter
+from vllm.model_executor.utils import set_weight_attrs
 
 from model_patch.errors import CheckpointError, UnsupportedModelError
 from model_patch.vllm.config import QuantizedWeight
@@ -44,7 +45,7 @@ def add_linear_parameters(layer: Any, weight: QuantizedWeight, rows: list[int], 
     if weight.awq:
         scales = nn.Parameter(torch.ones(len(rows), in_features, dtype=torch.float16), requires_grad=False)
         # vLLM's loaders would write the scales of one part over those of another.
-        scales.weight_loader = partial(_load_scales, layer)
+        set_weight_attrs(scales, {"weight_loader": partial(_load_scales, layer)})
         layer.register_parameter("awq_scales", scales)
 
 

@@ -1,8 +1,8 @@
 """vLLM in a process of its own, for the tests: jobs as JSON on stdin, their results as JSON in a file.
 
-A job is {folder, dtype, prompts: [[id]], new_tokens, tensor_parallel, compiled}; its result, of greedy decoding, {tokens:
-[[id]], logprobs: [[float]], quantized_bytes and plain_bytes: [of each rank]}, or {error: text} where vLLM did not start.
-Nothing here imports model_patch.
+A job is {folder, dtype, prompts: [[id]], new_tokens, tensor_parallel, compiled}. Its result, of greedy decoding, is
+{tokens: [[id]], logprobs: [[float]], quantized_bytes and plain_bytes: [of each rank]}, or {error: text} where vLLM did
+not start. Nothing here imports model_patch.
 """
 
 import gc
