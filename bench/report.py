@@ -166,8 +166,8 @@ def _ratio_lines(ratios: dict[str, dict[int, float]]) -> list[str]:
 
 def _experts_lines(result: Result, path: Path, base: Path) -> list[str]:
     return [
-        "Experts of Qwen3.5-35B-A3B, 256 of them and 8 for each of M tokens, no two tokens to the same as long as there "
-        "are enough; the ratio to `torch._grouped_mm` in bf16, for which the order of the pairs is given:\n",
+        "Experts of Qwen3.5-35B-A3B, 256 of them and 8 for each of M tokens, no two tokens to the same as long as "
+        "there are enough; the ratio to `torch._grouped_mm` in bf16, for which the order of the pairs is given:\n",
         *_ratio_lines(mean_ratios(result, "experts")),
         "",
         f"![experts]({relative_link(path.with_name(f'{path.stem}-experts.png'), base)})\n",

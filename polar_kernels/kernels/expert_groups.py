@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 _GROUP_WORDS = 4  # one is free
-_BLOCK = 1024  # pairs, or groups, at a time
+_MOST_AT_A_TIME = 8192  # pairs, or groups, that a program takes
+_THREAD_PAIRS = 16  # so many a thread: one warp as long as they suffice, which needs no barrier
 
 
 class Grouped(NamedTuple):
@@ -61,7 +62,7 @@ def _group_kernel(
         tl.store(order_ptr + place, pair, mask=mine == 1)
         tl.store(places_ptr + pair, first_group * ROWS + place - first, mask=mine == 1)
         unknown = (chosen < 0) | (chosen >= count)
-        tl.store(places_ptr + pair, -1, mask=unknown & (pair < pairs) & (expert == 0))
+        tl.store(places_ptr + pair, -1, mask=unknown & (pair < pairs) & (expert + lane * 0 == 0))
         seen += tl.sum(mine, 0)
     # Pairs whose expert does not exist leave groups over, which the last expert's program empties.
     last_group = tl.where(expert == count - 1, pairs // ROWS + count, last // ROWS + expert + 1)
@@ -81,6 +82,7 @@ def group_pairs(index: torch.Tensor, count: int, rows: int) -> Grouped:
     Pairs whose expert is outside 0..count-1 are in no group; the end of `order`, where they would be, is not written.
     """
     pairs = index.numel()
+    block = min(max(triton.next_power_of_2(pairs), 32 * _THREAD_PAIRS), _MOST_AT_A_TIME)
     order = torch.empty(pairs, dtype=torch.int32, device=index.device)
     places = torch.empty_like(order)
     groups = torch.empty(pairs // rows + count, _GROUP_WORDS, dtype=torch.int32, device=index.device)
@@ -92,15 +94,15 @@ def group_pairs(index: torch.Tensor, count: int, rows: int) -> Grouped:
         pairs=pairs,
         count=count,
         ROWS=rows,
-        PAIR_STEPS=_steps(pairs),
-        GROUP_STEPS=_steps(pairs // rows + 2),
-        BLOCK=_BLOCK,
-        num_warps=4,
+        PAIR_STEPS=_steps(pairs, block),
+        GROUP_STEPS=_steps(pairs // rows + 2, block),
+        BLOCK=block,
+        num_warps=block // (32 * _THREAD_PAIRS),
         enable_fp_fusion=True,
     )
     return Grouped(order, groups, places, rows)
 
 
-def _steps(count: int) -> int:
+def _steps(count: int, block: int) -> int:
     """Rounded up to a power of two, so that few kernels are compiled."""
-    return triton.next_power_of_2(triton.cdiv(count, _BLOCK))
+    return triton.next_power_of_2(triton.cdiv(count, block))

@@ -6,23 +6,35 @@ one. Warps of a program split the blocks of K, and the experts; their sums meet 
 while the kernel before still runs: it has to be one whose start says that the router's choice is there.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from polar_kernels.kernels.decode_int8 import decode_half_tile
+from polar_kernels.kernels.exact_matmul import multiply_half_tile_exactly
 from polar_kernels.kernels.expert_tiles import (
     decode_tile,
     load_levels,
     load_scale,
     load_x,
-    multiply_tile,
     multiply_tile_exactly,
 )
-from polar_kernels.kernels.ptx import prefetch, wait_for_previous_kernel
-from polar_kernels.kernels.tile_access import load_tile, norm_of
+from polar_kernels.kernels.int8_matmul import multiply_half_tile
+from polar_kernels.kernels.ptx import wait_for_previous_kernel
+from polar_kernels.kernels.tile_access import load_half_tile, load_tile, norm_of
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
 _NAN_NORMS = tl.constexpr(0x7E007E007E007E00)  # four of fp16
+
+
+class Shape(NamedTuple):
+    """Of a program. warps; halves: programs that share 32 rows; depth: tiles that a warp asks for ahead."""
+
+    warps: int
+    halves: int
+    depth: int
 
 
 def _sum_code(warps: int) -> str:
@@ -46,32 +58,64 @@ def _sum_warps(value, row, thread, WARPS: tl.constexpr):
 
 
 @triton.jit
+def _choose(index_ptr, first_pair, unit, units, blocks, SLOTS: tl.constexpr):
+    """The expert of a unit of work, which is a block of K of one of the program's experts."""
+    slot = tl.minimum(unit, units - 1) // blocks if SLOTS > 1 else unit * 0
+    return tl.load(index_ptr + first_pair + slot, volatile=True).to(tl.int64)
+
+
+@triton.jit
 def _load_unit(
-    tiles_ptr,
-    norms_ptr,
-    index_ptr,
-    first_pair,
-    unit,
-    units,
-    blocks,
-    experts,
-    lane,
-    SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    tiles_ptr, norms_ptr, expert, unit, units, blocks, experts, lane, HALVES: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Tile and norms of a unit of work: a block of K of one of the program's experts. Norms beyond the last unit are 0,
-    those of an expert that does not exist NaN."""
-    held = tl.minimum(unit, units - 1)
-    slot = held // blocks if SLOTS > 1 else 0
-    expert = tl.load(index_ptr + first_pair + slot + lane * 0, volatile=True).to(tl.int64)
+    """Tile, or half a tile, and norms of a unit. Norms beyond the last unit are 0, those of an expert that does not
+    exist NaN."""
     known = (expert >= 0) & (expert < experts)
-    number = (tl.where(known, expert, 0) * tl.num_programs(0) + tl.program_id(0)) * blocks + held - slot * blocks
-    tile = load_tile(tiles_ptr, number, lane, WIDTH)
-    norms = tl.load(norms_ptr + number * 8 + lane // 4, mask=known & (unit < units), other=0)
-    return tile, tl.where(known, norms, _NAN_NORMS)
+    bands = tl.num_programs(0) // HALVES
+    number = (tl.where(known, expert, 0) * bands + tl.program_id(0) // HALVES) * blocks
+    number += tl.minimum(unit, units - 1) % blocks
+    if HALVES == 2:
+        tile = load_half_tile(tiles_ptr, norms_ptr, number, tl.program_id(0) % 2, lane, WIDTH)
+        norms = tl.where(known, tile[3], _NAN_NORMS & 0xFFFFFFFF)
+    else:
+        tile = load_tile(tiles_ptr, number, lane, WIDTH)
+        norms = tl.where(known, tl.load(norms_ptr + number * 8 + lane // 4), _NAN_NORMS)
+    return tile, tl.where(unit < units, norms, 0)
 
 
-@triton.jit(do_not_specialize=["experts", "blocks", "rows", "divisor", "next_share"])
+@triton.jit
+def _decode(tile, levels, HALVES: tl.constexpr, WIDTH: tl.constexpr):
+    """Its 16 or twice 16 rows in int8."""
+    if HALVES == 2:
+        return (decode_half_tile(tile[0], tile[1], tile[2][0], tile[2][1], levels[0], WIDTH),)
+    else:
+        return decode_tile(tile, levels, WIDTH)
+
+
+@triton.jit
+def _multiply(halves, x, base, scale, HALVES: tl.constexpr):
+    """Products of the rows g, g + 8, ... with the row of x."""
+    u = multiply_half_tile(halves[0], x[0], x[1])
+    if HALVES == 2:
+        return u[0] * scale + base, u[2] * scale + base
+    else:
+        v = multiply_half_tile(halves[1], x[0], x[1])
+        return u[0] * scale + base, u[2] * scale + base, v[0] * scale + base, v[2] * scale + base
+
+
+@triton.jit
+def _multiply_exactly(tile, levels, x, HALVES: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
+    if HALVES == 2:
+        low = levels[0]
+        high = levels[1]
+        u = multiply_half_tile_exactly(tile[0], tile[1], tile[2][0], tile[2][1], low, high, x, WIDTH, 1, DTYPE)
+        return u[0], u[2]
+    else:
+        u, v = multiply_tile_exactly(tile, levels, x, WIDTH, 1, DTYPE)
+        return u[0], u[2], v[0], v[2]
+
+
+@triton.jit(do_not_specialize=["experts", "blocks", "rows", "divisor"])
 def _expert_pairs_kernel(
     tiles_ptr,
     norms_ptr,
@@ -81,81 +125,77 @@ def _expert_pairs_kernel(
     index_ptr,
     weights_ptr,
     out_ptr,
-    next_ptr,
     experts,
     blocks,
     rows,
     divisor,
-    next_share,
     WIDTH: tl.constexpr,
     SLOTS: tl.constexpr,
     WARPS: tl.constexpr,
+    HALVES: tl.constexpr,
+    DEPTH: tl.constexpr,
     EXACT: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
-    warp = thread // 32
     first_pair = tl.program_id(1) * SLOTS
     units = SLOTS * blocks
-    tile, norms = _load_unit(
-        tiles_ptr, norms_ptr, index_ptr, first_pair, warp, units, blocks, experts, lane, SLOTS, WIDTH
-    )
-    if PREFETCH:
-        expert = tl.load(index_ptr + first_pair + thread * 0, volatile=True).to(tl.int64)
-        wanted = (thread == 0) & (expert >= 0) & (expert < experts)
-        share = next_ptr.to(tl.int64) + (expert * tl.num_programs(0) + tl.program_id(0)) * next_share
-        prefetch(share, tl.where(wanted, next_share, 0))
+    steps = tl.cdiv(units, WARPS)
+    unit = thread // 32 * steps
+    last = tl.minimum(unit + steps, units)
+    expert = _choose(index_ptr, first_pair, unit, units, blocks, SLOTS)
+    tile, norms = _load_unit(tiles_ptr, norms_ptr, expert, unit, last, blocks, experts, lane, HALVES, WIDTH)
+    if DEPTH == 2:
+        expert = _choose(index_ptr, first_pair, unit + 1, units, blocks, SLOTS)
+        after = _load_unit(tiles_ptr, norms_ptr, expert, unit + 1, last, blocks, experts, lane, HALVES, WIDTH)
     levels = load_levels(table_ptr, thread, EXACT, DTYPE)
     # Everything above was there before; x and meta come from the kernel before this one.
     zero = wait_for_previous_kernel(thread)
     q = lane % 4 + zero
-    sum0 = tl.zeros(lane.shape, tl.float32)
-    sum1 = tl.zeros(lane.shape, tl.float32)
-    sum2 = tl.zeros(lane.shape, tl.float32)
-    sum3 = tl.zeros(lane.shape, tl.float32)
-    for step in range(tl.cdiv(units, WARPS)):
-        unit = step * WARPS + warp
+    sums = ()
+    for _ in tl.static_range(4 // HALVES):
+        sums = sums + (tl.zeros(lane.shape, tl.float32),)
+    for _ in range(steps):
+        expert = _choose(index_ptr, first_pair, unit + DEPTH, units, blocks, SLOTS)
         held = tl.minimum(unit, units - 1)
         slot = held // blocks if SLOTS > 1 else 0
         block = held - slot * blocks
         pair = first_pair + slot + zero
-        x = load_x(x_ptr, pair // divisor, blocks, block, q, EXACT)
+        row = pair // divisor
+        x = load_x(x_ptr, row, blocks, block, q, EXACT)
         weight = tl.full(lane.shape, 1.0, tl.float32)
         if WEIGHTED:
             weight = tl.load(weights_ptr + pair).to(tl.float32)
-        n0 = norm_of(norms, 0) * weight
-        n1 = norm_of(norms, 16) * weight
-        n2 = norm_of(norms, 32) * weight
-        n3 = norm_of(norms, 48) * weight
+        own = norms
         if EXACT:
-            u, v = multiply_tile_exactly(tile, levels, x, WIDTH, 1, DTYPE)
-            tile, norms = _load_unit(
-                tiles_ptr, norms_ptr, index_ptr, first_pair, unit + WARPS, units, blocks, experts, lane, SLOTS, WIDTH
-            )
-            sum0 += u[0] * n0
-            sum1 += u[2] * n1
-            sum2 += v[0] * n2
-            sum3 += v[2] * n3
+            products = _multiply_exactly(tile, levels, x, HALVES, WIDTH, DTYPE)
         else:
-            upper, lower = decode_tile(tile, levels, WIDTH)
-            tile, norms = _load_unit(
-                tiles_ptr, norms_ptr, index_ptr, first_pair, unit + WARPS, units, blocks, experts, lane, SLOTS, WIDTH
-            )
-            base, scale = load_scale(meta_ptr, rows, pair // divisor, block)
-            y = multiply_tile(upper, lower, x)
-            sum0 += (y[0] * scale + base) * n0
-            sum1 += (y[2] * scale + base) * n1
-            sum2 += (y[4] * scale + base) * n2
-            sum3 += (y[6] * scale + base) * n3
+            decoded = _decode(tile, levels, HALVES, WIDTH)
+            base, scale = load_scale(meta_ptr, rows, row, block)
+        if DEPTH == 2:
+            tile, norms = after
+            after = _load_unit(tiles_ptr, norms_ptr, expert, unit + 2, last, blocks, experts, lane, HALVES, WIDTH)
+        else:
+            tile, norms = _load_unit(tiles_ptr, norms_ptr, expert, unit + 1, last, blocks, experts, lane, HALVES, WIDTH)
+        if not EXACT:
+            products = _multiply(decoded, x, base, scale, HALVES)
+        added = ()
+        for i in tl.static_range(4 // HALVES):
+            added = added + (sums[i] + products[i] * (norm_of(own, 16 * i) * weight),)
+        sums = added
+        unit += 1
     # The four lanes that share rows hold the same sums: each hands on one of them.
     part = lane % 4
-    value = tl.where(part < 2, tl.where(part == 0, sum0, sum1), tl.where(part == 2, sum2, sum3))
+    if HALVES == 2:
+        value = tl.where(part % 2 == 0, sums[0], sums[1])
+    else:
+        value = tl.where(part < 2, tl.where(part == 0, sums[0], sums[1]), tl.where(part == 2, sums[2], sums[3]))
     total = _sum_warps(value, part * 8 + lane // 4, thread, WARPS)
-    out = out_ptr + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 32 + lane
-    tl.store(out, total.to(DTYPE), mask=warp == 0)
+    OWN: tl.constexpr = 32 // HALVES
+    out = out_ptr + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * OWN + lane
+    tl.store(out, total.to(DTYPE), mask=thread < OWN)
 
 
 def expert_pairs(
@@ -168,51 +208,48 @@ def expert_pairs(
     tile_norms: torch.Tensor,
     table: torch.Tensor,
     experts: int,
-    *,
-    warps: int,
-    following: torch.Tensor | None = None,
+    shape: Shape | None = None,
 ) -> torch.Tensor:
     """Write `out` [R, N], row r the sum over the slots s of weights[r, s] * (weight of expert index[r, s]) @ x, whose
     row is the (r * S + s) // (R * S / M)-th; weights None: ones. Returns it.
 
     words [M, *], meta: x as `quantize_activation` gives it, or `rotate_activation`, with meta None; index: int [R, S];
-    N a multiple of 32. An expert outside 0..experts-1 makes its row NaN. following: tiles of the same experts that are
-    wanted next, to be brought into L2.
+    N a multiple of 32. An expert outside 0..experts-1 makes its row NaN. shape: of a program; chosen when None.
     """
     bands = out.shape[1] // TILE_ROWS
-    share = _share(following, experts * bands)
-    _expert_pairs_kernel[(bands, out.shape[0])](
+    blocks = tiles.shape[0] // (bands * experts)
+    shape = shape or _choose_shape(bands * len(out), blocks * index.shape[1])
+    _expert_pairs_kernel[(bands * shape.halves, len(out))](
         tiles_ptr=tiles,
-        norms_ptr=tile_norms.view(torch.int64),
+        norms_ptr=tile_norms.view(torch.int64 if shape.halves == 1 else torch.int32),
         table_ptr=table,
         x_ptr=words,
         meta_ptr=None if meta is None else meta.view(torch.int64),
         index_ptr=index,
         weights_ptr=weights,
         out_ptr=out,
-        next_ptr=following,
         experts=experts,
-        blocks=tiles.shape[0] // (bands * experts),
-        rows=words.shape[0],
-        divisor=index.numel() // words.shape[0],
-        next_share=share,
+        blocks=blocks,
+        rows=len(words),
+        divisor=index.numel() // len(words),
         WIDTH=tiles.shape[1] // PLANE_WORDS,
         SLOTS=index.shape[1],
-        WARPS=warps,
+        WARPS=shape.warps,
+        HALVES=shape.halves,
+        DEPTH=shape.depth,
         EXACT=meta is None,
         WEIGHTED=weights is not None,
-        PREFETCH=share > 0,
-        num_warps=warps,
+        num_warps=shape.warps,
         enable_fp_fusion=True,
         num_stages=1,
         launch_pdl=True,
-        maxnreg={16: 64, 8: 80}.get(warps) if meta is not None else None,
+        maxnreg=128 if shape.depth == 2 or meta is None else 80,
     )
     return out
 
 
-def _share(following: torch.Tensor | None, programs: int) -> int:
-    """Bytes of `following` that each of so many programs brings into L2; 0 where they do not divide."""
-    if following is None or following.nbytes % (16 * programs):
-        return 0
-    return following.nbytes // programs
+def _choose_shape(bands: int, units: int) -> Shape:
+    """bands: of all rows of the output; units: blocks of K of each, of all its experts."""
+    if bands * units <= 4096:
+        return Shape(8, 1 if bands > 128 else 2, 2)
+    return Shape(8, 1, 1)

@@ -1,6 +1,4 @@
-"""The product of experts for many tokens on Hopper: `int8_wgmma` with each group of 64 rows of x times the weight of its
-expert.
-"""
+"""The product of experts for many tokens on Hopper: `int8_wgmma`, a group of 64 rows of x times its expert's weight."""
 
 import torch
 import triton

@@ -16,9 +16,6 @@ _MMA_S8 = tl.constexpr(
     "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
     "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
 )
-_PREFETCH = tl.constexpr(
-    "{ .reg .pred p; setp.gt.s32 p, $2, 0; mov.b32 $0, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; }"
-)
 _WAIT = tl.constexpr("griddepcontrol.wait; mov.b32 $0, 0; // $1")
 _ADD_LANES = tl.constexpr("{ .reg .f32 t; shfl.sync.bfly.b32 t, $1, $2, 0x1f, 0xffffffff; add.f32 $0, $1, t; }")
 _MAX_LANES = tl.constexpr("{ .reg .f32 t; shfl.sync.bfly.b32 t, $1, $2, 0x1f, 0xffffffff; max.NaN.f32 $0, $1, t; }")
@@ -71,12 +68,6 @@ def mma_s8(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
         True,
         1,
     )
-
-
-@triton.jit
-def prefetch(pointer, size):
-    """Bring `size` bytes into L2, none where it is not positive; both multiples of 16. Returns nothing of use."""
-    return tl.inline_asm_elementwise(_PREFETCH, "=r,l,r", [pointer.to(tl.int64), size], tl.int32, False, 1)
 
 
 @triton.jit

@@ -27,7 +27,6 @@ from polar_kernels.kernels.tiled import has_wgmma
 from polar_kernels.tiles import untile_weight
 
 _FEW_PAIRS = 128
-_PREFETCHED_PAIRS = 64  # whose second weights fit in L2 beside the first
 _MOST_PAIRS = 1 << 15  # at a time: bounds what lies between the products, and a grid's second dimension
 _SUM_SIZE = 1024
 
@@ -42,14 +41,16 @@ class Tiled(NamedTuple):
     centroids: torch.Tensor
 
 
-@triton.jit(do_not_specialize=["N", "top_k", "experts"])
-def _weighted_sum_kernel(made_ptr, index_ptr, weights_ptr, out_ptr, N, top_k, experts, SIZE: tl.constexpr):
+@triton.jit(do_not_specialize=["N", "experts"])
+def _weighted_sum_kernel(
+    made_ptr, index_ptr, weights_ptr, out_ptr, N, experts, TOP_K: tl.constexpr, SIZE: tl.constexpr
+):
     gdc_wait()
     column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     keep = column < N
     y = tl.zeros((SIZE,), tl.float32)
-    for slot in range(top_k):
-        pair = tl.program_id(0).to(tl.int64) * top_k + slot
+    for slot in tl.static_range(TOP_K):
+        pair = tl.program_id(0).to(tl.int64) * TOP_K + slot
         expert = tl.load(index_ptr + pair)
         weight = tl.load(weights_ptr + pair).to(tl.float32)
         weight = tl.where((expert >= 0) & (expert < experts), weight, float("nan"))
@@ -93,15 +94,13 @@ def _few(
     middle: int,
     exact: bool,
 ) -> torch.Tensor:
-    pairs = index.numel()
     words, meta = _rotated(x, gate_up, exact, routed=True)
-    both = x.new_empty(pairs, 2 * middle)
-    following = down.tiles if pairs <= _PREFETCHED_PAIRS else None
+    both = x.new_empty(index.numel(), 2 * middle)
     own = (gate_up.tiles, gate_up.tile_norms, gate_up.level_table, count)
-    expert_pairs(words, meta, index.view(-1, 1), None, both, *own, warps=8, following=following)
+    expert_pairs(words, meta, index.view(-1, 1), None, both, *own)
     words, meta = _rotated(both, down, exact, gated=True)
     own = (down.tiles, down.tile_norms, down.level_table, count)
-    return expert_pairs(words, meta, index, weights, torch.empty_like(x), *own, warps=16 if len(x) == 1 else 8)
+    return expert_pairs(words, meta, index, weights, torch.empty_like(x), *own)
 
 
 def _many(
@@ -141,8 +140,8 @@ def weighted_sum(made: torch.Tensor, index: torch.Tensor, weights: torch.Tensor,
         weights_ptr=weights,
         out_ptr=out,
         N=out.shape[1],
-        top_k=top_k,
         experts=count,
+        TOP_K=top_k,
         SIZE=_SUM_SIZE,
         num_warps=4,
         enable_fp_fusion=True,
