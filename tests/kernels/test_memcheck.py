@@ -9,7 +9,7 @@ import pytest
 
 CALLS = """
 import torch
-from polar_kernels import PolarLinear
+from polar_kernels import PolarExpertProjection, PolarExperts, PolarLinear
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
 from polar_kernels.kernels.wgmma_forms import FORMS
 torch.manual_seed(0)
@@ -26,6 +26,14 @@ for bits in (4, 5):
             for splits in (1, 2):
                 int8_wgmma_linear(torch.randn(70, 392, device="cuda").half(), *parts, 70, (form, splits))
     layer.dequantize()
+    stacks = torch.randn(3, 96, 160, device="cuda"), torch.randn(3, 160, 48, device="cuda")
+    layer = PolarExperts(*(PolarExpertProjection.from_dense(stack, bits) for stack in stacks))
+    assert layer.down_proj.tiles is not None
+    for activation in ("int8", "exact"):
+        layer.activation = activation
+        for tokens in (1, 40, 70, 80, 100, 200):
+            weights, index = torch.rand(tokens, 3, device="cuda").topk(2)
+            layer(torch.randn(tokens, 160, device="cuda").half(), index, weights)
 torch.cuda.synchronize()
 """
 
