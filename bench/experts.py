@@ -19,7 +19,8 @@ from polar_kernels.packing import packed_size
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 2048)
 QUICK_TOKENS = (1, 16, 256)
 _CHECKED_TOKENS = 32  # in fp64
-_CALLS = 32  # at most, each with a routing of its own
+_CALLS = 32  # in a graph, of a few tokens each
+_MANY_TOKENS = 64  # of which four calls are enough
 
 
 @dataclass(frozen=True)
@@ -194,16 +195,15 @@ def _measure(
 
 
 def _routings(shape: Shape, tokens: int) -> list[Routed]:
-    """Tokens that no two calls in a row send to the same experts, and no two of a call, as long as there are enough.
-
-    One call after the other goes through all experts, so that none is found in L2.
-    """
-    pairs = tokens * shape.top_k
-    calls = max(2, min(_CALLS, shape.experts // pairs))
-    if pairs * 2 <= shape.experts:
-        chosen = torch.randperm(shape.experts, device="cuda")[: calls * pairs].view(calls, tokens, shape.top_k)
-    else:
+    """Of calls in a row, which go through all experts, so that none is found in L2: a call chooses no expert twice, nor
+    one of the call before, as long as there are enough."""
+    pairs, calls = tokens * shape.top_k, _CALLS if tokens < _MANY_TOKENS else 4
+    if 2 * pairs > shape.experts:
         chosen = torch.rand(calls, tokens, shape.experts, device="cuda").topk(shape.top_k)[1]
+    else:
+        whole = shape.experts // pairs * pairs  # as many as whole calls choose
+        chosen = torch.randperm(shape.experts, device="cuda")[:whole].repeat(-(-calls * pairs // whole))
+        chosen = chosen[: calls * pairs].view(calls, tokens, shape.top_k)
     return [_route(shape, index.contiguous()) for index in chosen]
 
 

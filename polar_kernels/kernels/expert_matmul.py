@@ -1,5 +1,5 @@
 """The product of experts for more tokens: pairs grouped by expert, a warp for 32 rows of an expert's weight and one
-group, of 8 rows of x to 64.
+group, of 8 rows of x to 32, or to 16 exactly; more would take too many registers.
 
 Warps work each on their own: there are enough of them, and nothing to add up. Rows of x are read where they are, and
 written where they belong, so that no tensor is gathered or scattered by a kernel of its own.
@@ -23,7 +23,6 @@ from polar_kernels.kernels.ptx import wait_for_previous_kernel
 from polar_kernels.kernels.tile_access import load_tile, norm_of
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
-MAX_ROWS, MAX_EXACT_ROWS = 64, 16  # of a group: more would not fit in registers
 _WARPS = 4
 
 

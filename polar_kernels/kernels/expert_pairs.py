@@ -30,11 +30,10 @@ _NAN_NORMS = tl.constexpr(0x7E007E007E007E00)  # four of fp16
 
 
 class Shape(NamedTuple):
-    """Of a program. warps; halves: programs that share 32 rows; depth: tiles that a warp asks for ahead."""
+    """warps: of a program; halves: programs that share a band, 1 or 2."""
 
     warps: int
     halves: int
-    depth: int
 
 
 def _sum_code(warps: int) -> str:
@@ -133,7 +132,6 @@ def _expert_pairs_kernel(
     SLOTS: tl.constexpr,
     WARPS: tl.constexpr,
     HALVES: tl.constexpr,
-    DEPTH: tl.constexpr,
     EXACT: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
@@ -143,13 +141,17 @@ def _expert_pairs_kernel(
     first_pair = tl.program_id(1) * SLOTS
     units = SLOTS * blocks
     steps = tl.cdiv(units, WARPS)
-    unit = thread // 32 * steps
-    last = tl.minimum(unit + steps, units)
+    # Blocks of one expert in turn, since neighbouring tiles are best read together; of several experts in runs, so that
+    # a warp has few of them.
+    unit = thread // 32
+    stride = WARPS
+    last = units
+    if SLOTS > 1:
+        unit *= steps
+        stride = 1
+        last = tl.minimum(unit + steps, units)
     expert = _choose(index_ptr, first_pair, unit, units, blocks, SLOTS)
     tile, norms = _load_unit(tiles_ptr, norms_ptr, expert, unit, last, blocks, experts, lane, HALVES, WIDTH)
-    if DEPTH == 2:
-        expert = _choose(index_ptr, first_pair, unit + 1, units, blocks, SLOTS)
-        after = _load_unit(tiles_ptr, norms_ptr, expert, unit + 1, last, blocks, experts, lane, HALVES, WIDTH)
     levels = load_levels(table_ptr, thread, EXACT, DTYPE)
     # Everything above was there before; x and meta come from the kernel before this one.
     zero = wait_for_previous_kernel(thread)
@@ -158,7 +160,7 @@ def _expert_pairs_kernel(
     for _ in tl.static_range(4 // HALVES):
         sums = sums + (tl.zeros(lane.shape, tl.float32),)
     for _ in range(steps):
-        expert = _choose(index_ptr, first_pair, unit + DEPTH, units, blocks, SLOTS)
+        expert = _choose(index_ptr, first_pair, unit + stride, units, blocks, SLOTS)
         held = tl.minimum(unit, units - 1)
         slot = held // blocks if SLOTS > 1 else 0
         block = held - slot * blocks
@@ -174,18 +176,14 @@ def _expert_pairs_kernel(
         else:
             decoded = _decode(tile, levels, HALVES, WIDTH)
             base, scale = load_scale(meta_ptr, rows, row, block)
-        if DEPTH == 2:
-            tile, norms = after
-            after = _load_unit(tiles_ptr, norms_ptr, expert, unit + 2, last, blocks, experts, lane, HALVES, WIDTH)
-        else:
-            tile, norms = _load_unit(tiles_ptr, norms_ptr, expert, unit + 1, last, blocks, experts, lane, HALVES, WIDTH)
+        unit += stride
+        tile, norms = _load_unit(tiles_ptr, norms_ptr, expert, unit, last, blocks, experts, lane, HALVES, WIDTH)
         if not EXACT:
             products = _multiply(decoded, x, base, scale, HALVES)
         added = ()
         for i in tl.static_range(4 // HALVES):
             added = added + (sums[i] + products[i] * (norm_of(own, 16 * i) * weight),)
         sums = added
-        unit += 1
     # The four lanes that share rows hold the same sums: each hands on one of them.
     part = lane % 4
     if HALVES == 2:
@@ -218,7 +216,7 @@ def expert_pairs(
     """
     bands = out.shape[1] // TILE_ROWS
     blocks = tiles.shape[0] // (bands * experts)
-    shape = shape or _choose_shape(bands * len(out), blocks * index.shape[1])
+    shape = shape or _choose_shape(bands * len(out))
     _expert_pairs_kernel[(bands * shape.halves, len(out))](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int64 if shape.halves == 1 else torch.int32),
@@ -236,20 +234,17 @@ def expert_pairs(
         SLOTS=index.shape[1],
         WARPS=shape.warps,
         HALVES=shape.halves,
-        DEPTH=shape.depth,
         EXACT=meta is None,
         WEIGHTED=weights is not None,
         num_warps=shape.warps,
         enable_fp_fusion=True,
         num_stages=1,
         launch_pdl=True,
-        maxnreg=128 if shape.depth == 2 or meta is None else 80,
+        maxnreg=80,  # three programs on a multiprocessor
     )
     return out
 
 
-def _choose_shape(bands: int, units: int) -> Shape:
-    """bands: of all rows of the output; units: blocks of K of each, of all its experts."""
-    if bands * units <= 4096:
-        return Shape(8, 1 if bands > 128 else 2, 2)
-    return Shape(8, 1, 1)
+def _choose_shape(bands: int) -> Shape:
+    """bands: of the output's rows. Measured on an H100: half of one each where there are not enough to go round."""
+    return Shape(8, 2 if bands <= 128 else 1)

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from polar_kernels import ArgumentError, PolarError, PolarExpertProjection, PolarExperts, ops, reference
+from polar_kernels.kernels import tiled_experts
 from polar_kernels.kernels.expert_groups import group_pairs
 from polar_kernels.tiles import level_table, tile_weight
 
 E, H, MIDDLE, K = 5, 160, 48, 2
 QWEN, QWEN_K = (256, 2048, 512), 8
 INT8_ERROR = 0.025  # of two int8 products, the second of a product of the first's outputs
-TOKENS = [1, 7, 64, 65, 300]  # on both sides of where the kernels change
+TOKENS = [1, 7, 64, 65, 300]
 Arguments = list[Any]
 
 
@@ -82,6 +83,23 @@ def test_the_operator_is_the_definition(build, relative_error, tokens: int, dtyp
     assert relative_error(out, definition(stored)) < limit
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("wgmma", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("tokens", [1, 10, 11, 40, 60])
+def test_grouped(
+    device: torch.device, build, relative_error, monkeypatch: pytest.MonkeyPatch, tokens: int, exact: bool, wgmma: bool
+) -> None:
+    """In all forms, whatever the number of tokens."""
+    if wgmma and not tiled_experts.has_wgmma(device):
+        pytest.skip("wgmma is Hopper's")
+    monkeypatch.setattr(tiled_experts, "_FEW_PAIRS", 0)
+    monkeypatch.setattr(tiled_experts, "has_wgmma", lambda device: wgmma)
+    given, stored = build(tokens, exact=exact)
+    assert relative_error(ops.tiled_experts(*given), definition(stored)) < (2e-3 if exact else 1.5 * INT8_ERROR)
+
+
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("bits", [(2, 5), (5, 3), (4, 4)])
 @pytest.mark.parametrize("tokens", [3, 100])
@@ -92,7 +110,7 @@ def test_other_bits(build, relative_error, tokens: int, bits: tuple[int, int], e
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("tokens", [1, 20, 150])
+@pytest.mark.parametrize("tokens", [1, 20, 50, 150])
 @pytest.mark.parametrize("shape", [(1, 32, 16), (3, 384, 144), (40, 64, 272)])
 def test_shapes(build, relative_error, tokens: int, shape: tuple[int, int, int], exact: bool) -> None:
     given, stored = build(tokens, shape=shape, top_k=min(3, shape[0]), exact=exact)
@@ -296,8 +314,6 @@ def test_in_a_cuda_graph(build, tokens: int, exact: bool) -> None:
 
 @pytest.mark.gpu
 def test_more_tokens_than_fit_at_a_time(build, monkeypatch: pytest.MonkeyPatch) -> None:
-    from polar_kernels.kernels import tiled_experts
-
     given, _ = build(500)
     whole = ops.tiled_experts(*given)
     monkeypatch.setattr(tiled_experts, "_MOST_PAIRS", 200 * K)
