@@ -64,6 +64,12 @@ class PolarExpertProjection(PolarModule):
         self._partner = (partner,)
         self.settle()
 
+    def settle(self) -> None:
+        super().settle()
+        for partner in self._partner:
+            if (self.tiles is None) != (partner.tiles is None):  # it may have settled before this one could
+                PolarModule.settle(partner)
+
     def _stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         packed, norms = super()._stored()
         shape = (self.num_experts, self.out_features, -1)
@@ -74,7 +80,7 @@ class PolarExpertProjection(PolarModule):
 
     def _fits_tiles(self) -> bool:
         """Whether an expert's rows fill tiles, so that the next one's begin with a tile."""
-        return self.out_features % TILE_ROWS == 0 and is_tileable(self.centroids)
+        return self.out_features % TILE_ROWS == 0 and not self.centroids.is_meta and is_tileable(self.centroids)
 
     def extra_repr(self) -> str:
         return (
@@ -121,9 +127,6 @@ class PolarExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         gate_up, down = self.gate_up_proj, self.down_proj
-        if (gate_up.tiles is None) != (down.tiles is None):  # one was loaded with a table that tiles cannot hold
-            gate_up.settle()
-            down.settle()
         routed = (cast_for_autocast(hidden_states), top_k_index, top_k_weights)
         if gate_up.tiles is not None:
             parts = [

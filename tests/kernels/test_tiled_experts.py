@@ -257,6 +257,20 @@ def test_layer_on_a_gpu_keeps_one_copy(device: torch.device, layer: PolarExperts
 
 
 @pytest.mark.gpu
+def test_both_take_tiles_once_the_second_is_loaded(device: torch.device, layer: PolarExperts) -> None:
+    stored = layer.state_dict()
+    with torch.device("meta"):
+        empty = PolarExperts(
+            PolarExpertProjection(E, H, 2 * MIDDLE, awq=True), PolarExpertProjection(E, MIDDLE, H, bits=4)
+        )
+    empty.to_empty(device=device)
+    empty.load_state_dict(stored)
+    assert empty.gate_up_proj.tiles is not None
+    assert empty.down_proj.tiles is not None
+    assert all(torch.equal(tensor.cpu(), stored[name]) for name, tensor in empty.state_dict().items())
+
+
+@pytest.mark.gpu
 def test_the_activation_decides(device: torch.device, layer: PolarExperts, relative_error) -> None:
     weights, index = torch.rand(9, E, device=device).topk(K)
     x = torch.randn(9, H, device=device)
@@ -277,11 +291,11 @@ def test_both_projections_or_none_take_tiles(device: torch.device, relative_erro
     if case == "table":
         assert gate_up.tiles is not None
         layer.load_state_dict(layer.state_dict() | {"down_proj.centroids": down.centroids + 0.01})
+    assert gate_up.tiles is None
+    assert down.tiles is None
     weights, index = torch.rand(9, E, device=device).topk(K)
     x = torch.randn(9, H, device=device)
     out = layer(x, index, weights)
-    assert gate_up.tiles is None
-    assert down.tiles is None
     parts = [p for q in (gate_up, down) for p in (q.packed, q.norms, q.awq_scales, q.centroids)]
     assert relative_error(out, reference.experts(x.double(), index, weights, *parts)) < 1e-5
 
