@@ -77,8 +77,7 @@ def _own_tensors(module: nn.Module) -> list[torch.Tensor]:
 
 def _fill(module: PolarModule) -> None:
     """Random codes, and norms of a weight with standard deviation 0.02."""
-    if module.packed is None or module.norms is None:
-        return  # in tile layout: a tied head, filled as its embedding
-    module.packed.random_(0, 256)
-    module.norms.normal_(0.02 * 128**0.5, 0.02)
-    module.settle()
+    state = module.state_dict()
+    state["packed"].random_(0, 256)
+    state["norms"].normal_(0.02 * 128**0.5, 0.02)
+    module.load_state_dict(state)
