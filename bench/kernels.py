@@ -1,10 +1,11 @@
 """Shapes x rows x providers: correctness first, then time beside cuBLAS bf16 on the same GPU in the same run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
+from polar_bench import experts
+from polar_bench.measurement import Measurement
 from polar_bench.providers import Provider, providers, random_layer
 from polar_bench.timing import copies_needed, memory_rates, time_calls
 
@@ -26,31 +27,13 @@ QUICK_SHAPES, QUICK_ROWS = (SHAPES[0], SHAPES[4], SHAPES[5]), (1, 8, 64)
 _CHECKED_ROWS = 8192  # of a weight's outputs at a time, in fp64
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """kernel: linear or dequantize; microseconds: None where the error was too large to report a time; bandwidth:
-    bytes a second of the weight as it is stored (and of what dequantize writes); bandwidth_fraction: of the read rate
-    measured in this run (of the copy rate for dequantize)."""
-
-    kernel: str
-    provider: str
-    mode: str
-    N: int
-    K: int
-    M: int
-    error: float
-    microseconds: float | None
-    spread: float | None
-    bf16_microseconds: float | None
-    ratio: float | None
-    bandwidth: float | None
-    bandwidth_fraction: float | None
-
-
 def run(
-    shapes: Sequence[tuple[int, int]], rows: Sequence[int], progress: Progress = no_progress
+    shapes: Sequence[tuple[int, int]],
+    rows: Sequence[int],
+    tokens: Sequence[int] = (),
+    progress: Progress = no_progress,
 ) -> tuple[list[Measurement], tuple[float, float]]:
-    """All measurements, and the read and copy rates of the memory in bytes a second."""
+    """All measurements, and the read and copy rates of the memory in bytes a second. tokens: for experts."""
     rates = memory_rates()
     results: list[Measurement] = []
     for index, (out_features, in_features) in enumerate(shapes):
@@ -61,6 +44,8 @@ def run(
             torch.cuda.empty_cache()
         results.append(_measure_dequantize(out_features, in_features, rates[1]))
         torch.cuda.empty_cache()
+    if tokens:
+        results += experts.run(experts.SHAPE, tokens, rates[0], progress)
     progress(len(shapes), len(shapes), "done")
     return results, rates
 

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from model_patch.decode import accelerate, decelerate
+from model_patch.errors import UnsupportedModelError
 from model_patch.progress import Progress, no_progress
 
 PREFILL = (512, 2048, 8192)
@@ -62,7 +64,10 @@ def run(
     progress: Progress = no_progress,
 ) -> tuple[list[ModelMeasurement], list[KindOfWork]]:
     """Each provider's model built, measured and freed, one by one: prompts and decoding by `generate`, as it is
-    and after `accelerate`, which groups projections too; with profile, where the time of an accelerated step goes."""
+    and after `accelerate`, which groups projections too; with profile, where the time of an accelerated step goes.
+
+    What cannot be measured is left out with a warning: a model that does not fit, one that accelerate does not take.
+    """
     results: list[ModelMeasurement] = []
     works: list[KindOfWork] = []
     decoding = [("decode", context, batch) for context in contexts for batch in batches]
@@ -92,11 +97,20 @@ def run(
 
     for provider, make in makes.items():
         started = time.perf_counter()
-        model = make()
+        try:
+            model = make()
+        except torch.OutOfMemoryError as error:
+            warnings.warn(f"{provider} is left out: {str(error).splitlines()[0]}", stacklevel=2)
+            continue
         _finish(model.device)
         measure(model, provider, time.perf_counter() - started)
         started = time.perf_counter()
-        accelerate(model, max_length=max(contexts) + _STEPS, batch_size=max(batches))
+        try:
+            accelerate(model, max_length=max(contexts) + _STEPS, batch_size=max(batches))
+        except UnsupportedModelError as error:
+            warnings.warn(f"{provider}, accelerated, is left out: {error}", stacklevel=2)
+            del model
+            continue
         _finish(model.device)
         seconds = results[-1].load_seconds + time.perf_counter() - started
         measure(model, f"{provider}, accelerated", seconds)

@@ -77,8 +77,7 @@ def _own_tensors(module: nn.Module) -> list[torch.Tensor]:
 
 def _fill(module: PolarModule) -> None:
     """Random codes, and norms of a weight with standard deviation 0.02."""
-    assert module.packed is not None  # an empty layer is in its stored form
-    assert module.norms is not None
-    module.packed.random_(0, 256)
-    module.norms.normal_(0.02 * 128**0.5, 0.02)
-    module.settle()
+    state = module.state_dict()
+    state["packed"].random_(0, 256)
+    state["norms"].normal_(0.02 * 128**0.5, 0.02)
+    module.load_state_dict(state)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from polar_bench import model_report
-from polar_bench.kernels import Measurement
+from polar_bench.measurement import Measurement
 
 from model_patch.checkpoint.writer import write_whole
 from polar_kernels.version import __version__
@@ -57,7 +57,9 @@ def write(result: Result, folder: Path) -> Path:
         writer = csv.DictWriter(file, [field.name for field in fields(Measurement)])
         writer.writeheader()
         writer.writerows(result["rows"])
-    _draw_ratios(result, folder / f"{stem}-ratio.png")
+    _draw_ratios(result, "linear", folder / f"{stem}-ratio.png")
+    if _has_experts(result):
+        _draw_ratios(result, "experts", folder / f"{stem}-experts.png")
     _draw_roofline(result, folder / f"{stem}-roofline.png")
     return path
 
@@ -98,11 +100,11 @@ def table(result: Result) -> list[list[str]]:
 COLUMNS = ["kernel", "M", "provider", "us", "bf16 / this", "GB/s", "of memory", "error"]
 
 
-def mean_ratios(result: Result) -> dict[str, dict[int, float]]:
-    """Provider and mode -> M -> geometric mean over the shapes of cuBLAS bf16's time over the provider's."""
+def mean_ratios(result: Result, kernel: str = "linear") -> dict[str, dict[int, float]]:
+    """Provider and mode -> M -> geometric mean over the shapes of bf16's time over the provider's."""
     logs: dict[str, dict[int, list[float]]] = {}
     for row in result["rows"]:
-        if row["kernel"] == "linear" and row["ratio"]:
+        if row["kernel"] == kernel and row["ratio"]:
             times = _WEIGHTS.get((row["N"], row["K"]), 1)
             name = f"{row['provider']} {row['mode']}"
             logs.setdefault(name, {}).setdefault(row["M"], []).extend([math.log(row["ratio"])] * times)
@@ -130,30 +132,46 @@ bf16. No time is given where the result is wrong. Errors are relative, against f
 
 def _section(result: Result, path: Path, base: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    ratios = mean_ratios(result)
-    counts = sorted({m for by_m in ratios.values() for m in by_m})
     lines = [
         f"\n## {result['gpu']}\n",
         f"{versions}, CUDA {result['cuda']}, commit {result['commit']}, {result['date']}.",
         f"Memory: {result['read_bytes_per_second'] / 1e12:.2f} TB/s read, "
         f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s copied.\n",
         "Geometric mean of the ratio to bf16 over the layers of Qwen3.5-9B:\n",
+        *_ratio_lines(mean_ratios(result)),
+        "",
+        *(
+            f"![{kind}]({relative_link(path.with_name(f'{path.stem}-{kind}.png'), base)})\n"
+            for kind in ("ratio", "roofline")
+        ),
+        *(_experts_lines(result, path, base) if _has_experts(result) else ()),
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" * len(COLUMNS) + "|",
+        *("| " + " | ".join(row) + " |" for row in table(result)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _ratio_lines(ratios: dict[str, dict[int, float]]) -> list[str]:
+    counts = sorted({m for by_m in ratios.values() for m in by_m})
+    return [
         "| | " + " | ".join(f"M = {m}" for m in counts) + " |",
         "|---" * (len(counts) + 1) + "|",
         *(
             f"| {name} | " + " | ".join(f"{by_m[m]:.2f}" if m in by_m else "" for m in counts) + " |"
             for name, by_m in ratios.items()
         ),
-        "",
-        *(
-            f"![{kind}]({relative_link(path.with_name(f'{path.stem}-{kind}.png'), base)})\n"
-            for kind in ("ratio", "roofline")
-        ),
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---" * len(COLUMNS) + "|",
-        *("| " + " | ".join(row) + " |" for row in table(result)),
     ]
-    return "\n".join(lines) + "\n"
+
+
+def _experts_lines(result: Result, path: Path, base: Path) -> list[str]:
+    return [
+        "Experts of Qwen3.5-35B-A3B, 256 of them and 8 for each of M tokens, no two tokens to the same as long as "
+        "there are enough; the ratio to `torch._grouped_mm` in bf16, for which the order of the pairs is given:\n",
+        *_ratio_lines(mean_ratios(result, "experts")),
+        "",
+        f"![experts]({relative_link(path.with_name(f'{path.stem}-experts.png'), base)})\n",
+    ]
 
 
 def relative_link(path: Path, base: Path) -> str:
@@ -171,17 +189,24 @@ def _commit() -> str:
         return "unknown"
 
 
-def _draw_ratios(result: Result, path: Path) -> None:
+def _has_experts(result: Result) -> bool:
+    return any(row["kernel"] == "experts" for row in result["rows"])
+
+
+def _draw_ratios(result: Result, kernel: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, by_m in mean_ratios(result).items():
+    for name, by_m in mean_ratios(result, kernel).items():
         counts = sorted(by_m)
         axes.plot(counts, [by_m[m] for m in counts], marker="o", label=name)
-    axes.set(xscale="log", xlabel="rows of the activation, M", ylabel="speed-up over cuBLAS bf16", ylim=(0, None))
+    of_experts = kernel == "experts"
+    axes.set(xscale="log", xlabel="tokens" if of_experts else "rows of the activation, M", ylim=(0, None))
+    axes.set_ylabel(f"speed-up over {'torch._grouped_mm' if of_experts else 'cuBLAS'} bf16")
     axes.set_xscale("log", base=2)
-    axes.set_title(f"Geometric mean over the layers of Qwen3.5-9B, {result['gpu']}")
+    what = "Experts of Qwen3.5-35B-A3B" if of_experts else "Geometric mean over the layers of Qwen3.5-9B"
+    axes.set_title(f"{what}, {result['gpu']}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

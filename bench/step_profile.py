@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 _REPLAYS = 3
 # The first pattern found in a kernel's name decides. Names of fused kernels list the operators in them.
 _KINDS = (
-    ("rotation", re.compile(r"_quantize_kernel|_rotate")),
+    ("experts", re.compile(r"_expert_|_group_kernel|_weighted_sum_kernel|_grouped_matmul_kernel")),
+    ("rotation", re.compile(r"_quantize_(\w+_)?kernel|_rotate")),
     ("matmuls", re.compile(r"matmul|wgmma_kernel|_dequantize|nvjet|gemm|gemv|cublas|splitK|cutlass")),
     ("attention", re.compile(r"_attend_kernel|_join_kernel|sdpa|fmha|flash|attention|softmax|index_copy|where_kernel")),
     ("norms", re.compile(r"mean_mul_pow_rsqrt|MeanOps|pow_tensor|rms_norm")),

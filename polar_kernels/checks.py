@@ -113,6 +113,18 @@ def check_experts(
     down_awq_scales: torch.Tensor | None,
     down_centroids: torch.Tensor,
 ) -> None:
+    _check_routed(x, top_k_index, top_k_weights)
+    if gate_up_packed.dim() != 3 or gate_up_packed.shape[1] % 2:
+        raise ArgumentError(f"gate_up_packed must be [E, 2 * I, bytes], found {list(gate_up_packed.shape)}")
+    count, middle = gate_up_packed.shape[0], gate_up_packed.shape[1] // 2
+    gate_up = (gate_up_packed, gate_up_norms, gate_up_awq_scales, gate_up_centroids)
+    _check_stack("gate_up", *gate_up, (count, 2 * middle), x.shape[1])
+    _check_stack("down", down_packed, down_norms, down_awq_scales, down_centroids, (count, x.shape[1]), middle)
+    for tensor in (*gate_up, down_packed, down_norms, down_awq_scales, down_centroids):
+        _check_device("a part of the experts", tensor, x.device)
+
+
+def _check_routed(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> None:
     _check_float("x", x.dtype)
     if x.dim() != 2:
         raise ArgumentError(f"x must be [T, H], found {list(x.shape)}")
@@ -124,16 +136,8 @@ def check_experts(
     if top_k_index.dim() != 2 or top_k_index.shape[0] != tokens or top_k_weights.shape != top_k_index.shape:
         found = f"{list(top_k_index.shape)} and {list(top_k_weights.shape)}"
         raise ArgumentError(f"top_k_index and top_k_weights must both be [{tokens}, k], found {found}")
-    if gate_up_packed.dim() != 3 or gate_up_packed.shape[1] % 2:
-        raise ArgumentError(f"gate_up_packed must be [E, 2 * I, bytes], found {list(gate_up_packed.shape)}")
-    count, middle = gate_up_packed.shape[0], gate_up_packed.shape[1] // 2
-    gate_up = (gate_up_packed, gate_up_norms, gate_up_awq_scales, gate_up_centroids)
-    _check_stack("gate_up", *gate_up, (count, 2 * middle), x.shape[1])
-    _check_stack("down", down_packed, down_norms, down_awq_scales, down_centroids, (count, x.shape[1]), middle)
     for name, part in (("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
         _check_device(name, part, x.device)
-    for tensor in (*gate_up, down_packed, down_norms, down_awq_scales, down_centroids):
-        _check_device("a part of the experts", tensor, x.device)
 
 
 def _check_stack(
@@ -202,3 +206,34 @@ def check_tiled_embedding(
 ):
     check_tiled_dequantize(tiles, tile_norms, awq_scales, level_table, centroids, out_features, embedding_dim, dtype)
     _check_ids(ids, tiles.device)
+
+
+def check_tiled_experts(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up_tiles: torch.Tensor,
+    gate_up_tile_norms: torch.Tensor,
+    gate_up_awq_scales: torch.Tensor | None,
+    gate_up_level_table: torch.Tensor,
+    gate_up_centroids: torch.Tensor,
+    down_tiles: torch.Tensor,
+    down_tile_norms: torch.Tensor,
+    down_awq_scales: torch.Tensor | None,
+    down_level_table: torch.Tensor,
+    down_centroids: torch.Tensor,
+    num_experts: int,
+    intermediate_size: int,
+    exact: bool = False,
+) -> None:
+    _check_routed(x, top_k_index, top_k_weights)
+    hidden = x.shape[1]
+    if 2 * intermediate_size % TILE_ROWS or hidden % TILE_ROWS:
+        found = f"[{num_experts}, {2 * intermediate_size}, {hidden}] and [{num_experts}, {hidden}, {intermediate_size}]"
+        raise ArgumentError(f"experts in tiles must have multiples of {TILE_ROWS} rows, found {found}")
+    gate_up = (gate_up_tiles, gate_up_tile_norms, gate_up_awq_scales, gate_up_level_table, gate_up_centroids)
+    down = (down_tiles, down_tile_norms, down_awq_scales, down_level_table, down_centroids)
+    _check_tiles(*gate_up, num_experts * 2 * intermediate_size, hidden)
+    _check_tiles(*down, num_experts * hidden, intermediate_size)
+    for tiles in (gate_up_tiles, down_tiles):
+        _check_device("a part of the experts", tiles, x.device)

@@ -5,8 +5,9 @@ from torch import nn
 
 from polar_kernels import ops
 from polar_kernels.errors import ArgumentError, PolarError
-from polar_kernels.module import PolarModule, cast_for_autocast
+from polar_kernels.module import Activation, PolarModule, cast_for_autocast
 from polar_kernels.quantize import quantize_weight
+from polar_kernels.tiles import TILE_ROWS, is_tileable
 from polar_kernels.weight import PolarWeight
 
 
@@ -14,8 +15,8 @@ class PolarExpertProjection(PolarModule):
     """One projection of all experts, weights [E, N, K] that share awq_scales.
 
     Its buffers and its state dict are those of `PolarModule`, packed and norms with a dimension [E] in front. As one
-    weight, in `polar_weight` and `dequantize_into`, it is [E * N, K], an expert's rows after the other's. On every
-    device it stays in its stored form.
+    weight, in `polar_weight` and `dequantize_into`, it is [E * N, K], an expert's rows after the other's. It takes tile
+    layout once it is one of two in `PolarExperts`, and if both can: their rows N must be multiples of 32.
     """
 
     def __init__(
@@ -29,9 +30,10 @@ class PolarExpertProjection(PolarModule):
         device: torch.device | str | None = None,
     ) -> None:
         """All-zero weights to load a state dict into."""
+        self._partner: tuple[PolarExpertProjection, ...] = ()  # not registered as a child
         super().__init__(num_experts * out_features, in_features, bits, awq, device)
         self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
-        self._to_stack(*self._stored())
+        self.packed, self.norms = self._stored()
 
     @classmethod
     def from_weight(cls, weight: PolarWeight, num_experts: int) -> "PolarExpertProjection":
@@ -39,7 +41,6 @@ class PolarExpertProjection(PolarModule):
         rows = weight.out_features // num_experts
         layer = cls(num_experts, weight.in_features, rows, bits=weight.bits, device="meta")
         layer._set_weight(weight)
-        layer._to_stack(weight.packed, weight.norms)
         return layer
 
     @classmethod
@@ -58,12 +59,28 @@ class PolarExpertProjection(PolarModule):
         """W_hat [E, N, K], a new tensor."""
         return self._dense(dtype).unflatten(0, (self.num_experts, self.out_features))
 
-    def _to_stack(self, packed: torch.Tensor, norms: torch.Tensor) -> None:
+    def join(self, partner: "PolarExpertProjection") -> None:
+        """Be multiplied by together with `partner`: on a GPU that has tile layout, take it."""
+        self._partner = (partner,)
+        self.settle()
+
+    def settle(self) -> None:
+        super().settle()
+        for partner in self._partner:
+            if (self.tiles is None) != (partner.tiles is None):  # it may have settled before this one could
+                PolarModule.settle(partner)
+
+    def _stored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        packed, norms = super()._stored()
         shape = (self.num_experts, self.out_features, -1)
-        self.packed, self.norms = packed.view(shape), norms.view(shape)
+        return packed.view(shape), norms.view(shape)
 
     def _multiplies(self) -> bool:
-        return False  # from tile layout
+        return bool(self._partner) and self._fits_tiles() and self._partner[0]._fits_tiles()
+
+    def _fits_tiles(self) -> bool:
+        """Whether an expert's rows fill tiles, so that the next one's begin with a tile."""
+        return self.out_features % TILE_ROWS == 0 and not self.centroids.is_meta and is_tileable(self.centroids)
 
     def extra_repr(self) -> str:
         return (
@@ -79,7 +96,7 @@ class PolarExperts(nn.Module):
     hidden_states: [T, H] in fp16, bf16 or fp32; top_k_index: int [T, k]; top_k_weights: float [T, k]; result: [T, H] in
     the dtype of hidden_states (under autocast, in autocast's). A NaN stays in the row of its token. A gradient is
     refused. An index outside 0..E-1 raises IndexError on a CPU; on a GPU, where that cannot be seen, its token's row is
-    NaN.
+    NaN. activation: as `PolarModule`'s, of both projections.
 
     Raises: ArgumentError for a wrong shape, dtype or device.
     """
@@ -95,14 +112,31 @@ class PolarExperts(nn.Module):
                 f"found {[given, *shapes[0]]} and {[found, *shapes[1]]}"
             )
         self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+        gate_up_proj.join(down_proj)
+        down_proj.join(gate_up_proj)
+
+    @property
+    def activation(self) -> Activation:
+        return "exact" if "exact" in (self.gate_up_proj.activation, self.down_proj.activation) else "int8"
+
+    @activation.setter
+    def activation(self, activation: Activation) -> None:
+        self.gate_up_proj.activation = self.down_proj.activation = activation
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        parts = [
-            part for p in (self.gate_up_proj, self.down_proj) for part in (p.packed, p.norms, p.awq_scales, p.centroids)
-        ]
-        return ops.experts(cast_for_autocast(hidden_states), top_k_index, top_k_weights, *parts)
+        gate_up, down = self.gate_up_proj, self.down_proj
+        routed = (cast_for_autocast(hidden_states), top_k_index, top_k_weights)
+        if gate_up.tiles is not None:
+            parts = [
+                part for p in (gate_up, down)
+                for part in (p.tiles, p.tile_norms, p.awq_scales, p.level_table, p.centroids)
+            ]  # fmt: skip
+            exact = self.activation == "exact"
+            return ops.tiled_experts(*routed, *parts, gate_up.num_experts, down.in_features, exact)
+        parts = [part for p in (gate_up, down) for part in (p.packed, p.norms, p.awq_scales, p.centroids)]
+        return ops.experts(*routed, *parts)
 
 
 def quantize_experts(

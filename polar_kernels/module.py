@@ -142,7 +142,9 @@ class PolarModule(nn.Module):
         """Bring the weight into the layout that the device it is on multiplies from. Call after writing the buffers."""
         if self._wants_tiles():
             if self.tiles is None:
-                self.tiles, self.tile_norms = tile_weight(*self._stored(), self.bits)
+                packed, norms = (part.flatten(0, -2) for part in self._stored())
+                self.tiles, self.tile_norms = tile_weight(packed, norms, self.bits)
+                del packed, norms
                 # Reads the table on the CPU and so waits for the tiles: kernels that overlap with the one before them
                 # load both before they wait for it.
                 self.level_table = level_table(self.centroids)

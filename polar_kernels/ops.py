@@ -11,6 +11,7 @@
 | tiled_linear | reference.linear | kernels.tiled: exact_matmul, int8_matmul, int8_wgmma, dense, by rows |
 | tiled_dequantize, tiled_dequantize_into | reference.dequantize | kernels.tiled |
 | tiled_embedding | reference.dequantize | kernels.dequantize |
+| tiled_experts | reference.experts | kernels.tiled_experts: expert_pairs, expert_matmul, by pairs |
 
 The tiled operators take a weight in the GPU's layout (`tiles.py`), the others the stored one.
 
@@ -34,6 +35,7 @@ from polar_kernels.checks import (
     check_tiled_dequantize,
     check_tiled_dequantize_into,
     check_tiled_embedding,
+    check_tiled_experts,
     check_tiled_linear,
 )
 from polar_kernels.codebook import bits_of
@@ -60,6 +62,13 @@ _library.define(f"tiled_dequantize({_TILED}, int out_features, int in_features, 
 _library.define(f"tiled_dequantize_into({_TILED}, Tensor(a!) out) -> ()")
 _library.define(
     f"tiled_embedding(Tensor ids, {_TILED}, int out_features, int embedding_dim, ScalarType dtype) -> Tensor"
+)
+_library.define(
+    "tiled_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, "
+    "Tensor gate_up_tiles, Tensor gate_up_tile_norms, Tensor? gate_up_awq_scales, Tensor gate_up_level_table, "
+    "Tensor gate_up_centroids, Tensor down_tiles, Tensor down_tile_norms, Tensor? down_awq_scales, "
+    "Tensor down_level_table, Tensor down_centroids, int num_experts, int intermediate_size, bool exact=False) "
+    "-> Tensor"
 )
 
 
@@ -189,6 +198,24 @@ def _experts_fake(x, *others):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _tiled_experts_cpu(x, top_k_index, top_k_weights, *others):
+    *parts, num_experts, intermediate_size, _ = others if len(others) == 13 else (*others, False)
+    stacks: list[Any] = []
+    for part, rows in ((parts[:5], 2 * intermediate_size), (parts[5:], x.shape[1])):
+        tiles, tile_norms, awq_scales, _, centroids = part
+        stored = untile_weight(tiles, tile_norms, num_experts * rows, bits_of(centroids))
+        stacks += [*(half.view(num_experts, rows, -1) for half in stored), awq_scales, centroids]
+    return reference.experts(x, top_k_index, top_k_weights, *stacks)
+
+
+def _tiled_experts_cuda(x, top_k_index, top_k_weights, *others):
+    from polar_kernels.kernels.tiled_experts import Tiled, tiled_experts
+
+    *parts, num_experts, intermediate_size, exact = others if len(others) == 13 else (*others, False)
+    routed = (x.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous())
+    return tiled_experts(*routed, Tiled(*parts[:5]), Tiled(*parts[5:]), num_experts, intermediate_size, exact)
+
+
 def _linear_fake(x, packed, norms, awq_scales, centroids, bias):
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
@@ -249,6 +276,7 @@ _register(
     _nothing,
 )
 _register("tiled_embedding", check_tiled_embedding, _tiled_embedding_cpu, _tiled_embedding_cuda, _tiled_embedding_fake)
+_register("tiled_experts", check_tiled_experts, _tiled_experts_cpu, _tiled_experts_cuda, _experts_fake)
 
 linear = torch.ops.polar.linear.default
 rotate = torch.ops.polar.rotate.default
@@ -260,6 +288,7 @@ tiled_linear = torch.ops.polar.tiled_linear.default
 tiled_dequantize = torch.ops.polar.tiled_dequantize.default
 tiled_dequantize_into = torch.ops.polar.tiled_dequantize_into.default
 tiled_embedding = torch.ops.polar.tiled_embedding.default
+tiled_experts = torch.ops.polar.tiled_experts.default
 
 
 def _linear_setup(ctx, inputs, output):
@@ -307,4 +336,5 @@ def _experts_backward(ctx, grad):
     raise PolarError("there are no gradients through quantised experts: leave them unquantised, or detach their output")
 
 
-torch.library.register_autograd("polar::experts", _experts_backward, setup_context=_experts_setup, lib=_library)
+for _name in ("experts", "tiled_experts"):
+    torch.library.register_autograd(f"polar::{_name}", _experts_backward, setup_context=_experts_setup, lib=_library)

@@ -34,17 +34,19 @@ def kernels(
     document: Document = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time the kernels beside cuBLAS bf16 and tinygemm on the layers of Qwen3.5-9B: needs a GPU."""
+    """Time the kernels beside bf16 and tinygemm on the layers of Qwen3.5-9B and experts of 35B-A3B: needs a GPU."""
     if context.invoked_subcommand is not None:
         return
     check_results(out, document, charts=True)
     if not torch.cuda.is_available():
         raise ConfigError("polar bench needs a CUDA GPU, and torch finds none")
-    from polar_bench import kernels, report
+    from polar_bench import experts, kernels, report
 
-    shapes, rows = (kernels.QUICK_SHAPES, kernels.QUICK_ROWS) if quick else (kernels.SHAPES, kernels.ROWS)
+    sizes = (kernels.QUICK_SHAPES, kernels.QUICK_ROWS, experts.QUICK_TOKENS)
     with progress_bar("bench") as progress:
-        measurements, rates = kernels.run(shapes, rows, progress)
+        measurements, rates = kernels.run(
+            *(sizes if quick else (kernels.SHAPES, kernels.ROWS, experts.TOKENS)), progress=progress
+        )
     result = report.assemble(measurements, rates)
     if as_json:
         print_json(result)
@@ -62,8 +64,8 @@ def model(
     config: Annotated[
         list[str] | None,
         typer.Option(
-            help="qwen3.5-4b, qwen3.5-9b (the default), qwen3.5-27b, or a folder or Hub name whose config.json gives "
-            "the shape; may be given again."
+            help="qwen3.5-4b, qwen3.5-9b (the default), qwen3.5-27b, qwen3.5-35b-a3b, or a folder or Hub name whose "
+            "config.json gives the shape; may be given again."
         ),
     ] = None,
     bits: Annotated[int, typer.Option(help="Of the quantised model.")] = 5,

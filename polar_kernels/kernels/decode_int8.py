@@ -1,7 +1,9 @@
 """Codes to int8 in registers: the A fragments of the integer tensor-core instructions, straight from a tile's words.
 
-A byte permute looks up four magnitudes at once; of 16 magnitudes a second one looks up 8..15, and a mask picks between
-them. Negation is a bitwise complement, since levels are half-integers.
+A byte permute looks up four magnitudes at once. Of 16 magnitudes each of two permutes looks up eight: an index whose top
+bit is set asks a permute for the sign of a byte, and no level has its top bit set, so that what the other permute is to
+look up becomes zero. Negation is a bitwise complement, since levels are half-integers; the mask for it is a multiple of
+the sign bits, made where the multiplications are, since permutes, shifts and logic are what bounds these kernels.
 """
 
 import triton
@@ -15,20 +17,28 @@ def decode_int8_code(step: int, width: int) -> str:
     step: which of the block's four times 32 columns.
     """
 
-    def four(out: str, selector: str, top_bits: int, group: int) -> str:
-        look_up = f"prmt.b32 lo, $4, $5, {selector}; prmt.b32 m, up, $2, {top_bits};"
-        if width == 4:
-            return f"{look_up} xor.b32 {out}, lo, m;"
+    def nibbles(out: str, selector: str, top_bits: int) -> str:
+        return f"prmt.b32 lo, $4, $5, {selector}; prmt.b32 m, up, $2, {top_bits}; xor.b32 {out}, lo, m;"
+
+    def four(out: str, selector: str, other: str, group: int) -> str:
         return (
-            f"{look_up} prmt.b32 hi, $6, $7, {selector}; lop3.b32 v, hi, lo, m, 0xE4;"
-            f"shl.b32 s, $3, {group}; prmt.b32 s, s, 0, 0xBA98; xor.b32 {out}, v, s;"
+            f"prmt.b32 lo, $4, $5, {selector}; prmt.b32 hi, $6, $7, {other}; shr.u32 s, $3, {7 - group};"
+            f"and.b32 s, s, 0x01010101; mul.lo.u32 s, s, 255; lop3.b32 {out}, lo, hi, s, 0x56;"
         )
 
+    if width == 4:
+        return (
+            "{ .reg .b32 a, b, up, lo, m; and.b32 a, $2, 0x77777777; shl.b32 up, $2, 4;"
+            + nibbles("$0", "a", 0xD9C8)
+            + " shr.u32 b, a, 16;"
+            + nibbles("$1", "b", 0xFBEA)
+            + " }"
+        )
     return (
-        "{ .reg .b32 a, b, up, lo, hi, m, v, s; and.b32 a, $2, 0x77777777; shl.b32 up, $2, 4;"
-        + four("$0", "a", 0xD9C8, 2 * step)
-        + " shr.u32 b, a, 16;"
-        + four("$1", "b", 0xFBEA, 2 * step + 1)
+        "{ .reg .b32 b, up, lo, hi, s; xor.b32 up, $2, 0x88888888;"
+        + four("$0", "$2", "up", 2 * step)
+        + " shr.u32 b, $2, 16; shr.u32 up, up, 16;"
+        + four("$1", "b", "up", 2 * step + 1)
         + " }"
     )
 

@@ -20,7 +20,7 @@ _FP16_LEVELS, _BF16_LEVELS = tl.constexpr(FP16_LEVELS), tl.constexpr(BF16_LEVELS
 
 
 @triton.jit
-def _multiply_half_tile(
+def multiply_half_tile_exactly(
     w0, w1, signs0, signs1, low, high, x, WIDTH: tl.constexpr, GROUPS: tl.constexpr, DTYPE: tl.constexpr
 ):
     """16 rows by 128 columns times GROUPS groups of 8 rows of x: four sums a thread and group."""
@@ -83,8 +83,8 @@ def _exact_matmul_kernel(
             for s in tl.static_range(4):
                 x = x + (load_cached(words + 4 * s),)
         following = load_tile(tiles_ptr, first + tl.minimum(block + WARPS, blocks - 1), lane, WIDTH)
-        upper = _multiply_half_tile(tile[0], tile[1], tile[4][0], tile[4][1], low, high, x, WIDTH, GROUPS, DTYPE)
-        lower = _multiply_half_tile(tile[2], tile[3], tile[4][2], tile[4][3], low, high, x, WIDTH, GROUPS, DTYPE)
+        upper = multiply_half_tile_exactly(tile[0], tile[1], tile[4][0], tile[4][1], low, high, x, WIDTH, GROUPS, DTYPE)
+        lower = multiply_half_tile_exactly(tile[2], tile[3], tile[4][2], tile[4][3], low, high, x, WIDTH, GROUPS, DTYPE)
         tile = following
         norms = tl.load(norms_ptr + (first + block).to(tl.int64) * 8 + g, mask=inside, other=0)
         n0 = norm_of(norms, 0)

@@ -25,7 +25,7 @@ MAX_ROWS = 64  # of x in one launch: more would not fit in registers
 
 
 @triton.jit
-def _multiply_half_tile(a, x0, x1):
+def multiply_half_tile(a, x0, x1):
     """16 rows by 128 columns times 8 rows of x: four sums a thread, as bits of 12582912 + sum."""
     start = tl.full(x0[0].shape, 0x4B400000, tl.int32)
     c0, c1, c2, c3 = mma_s8(a[0], a[1], a[2], a[3], x0[0], x0[1], start, start, start, start)
@@ -83,8 +83,8 @@ def _int8_matmul_kernel(
             x0 = load_cached(words)
             x1 = load_cached(words + 4)
             meta = load_cached(meta_ptr + (block * padded_rows + group * 8 + 2 * q) * 2)
-            u0, u1, u2, u3 = _multiply_half_tile(upper, x0, x1)
-            l0, l1, l2, l3 = _multiply_half_tile(lower, x0, x1)
+            u0, u1, u2, u3 = multiply_half_tile(upper, x0, x1)
+            l0, l1, l2, l3 = multiply_half_tile(lower, x0, x1)
             base0 = as_float(meta[0])
             scale0 = as_float(meta[1])
             base1 = as_float(meta[2])

@@ -134,41 +134,35 @@ def _multiply_block(sums, a, n0, n1, ring, slot, parity, done, count, source, th
     return added, next_slot, next_parity, done + ROWS // 64
 
 
-@triton.jit(do_not_specialize=["M", "N", "blocks", "split_blocks"])
-def _int8_wgmma_kernel(
+@triton.jit
+def multiply_bands(
     tiles_ptr,
     norms_ptr,
     table_ptr,
-    x_ptr,
-    bias_ptr,
-    out_ptr,
-    M,
-    N,
-    blocks,
-    split_blocks,
+    source,
+    first,
+    count,
+    thread,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     PRODUCTS: tl.constexpr,
     WARPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
 ):
-    thread = tl.arange(0, 32 * WARPS)
+    """Two warps a band times the program's rows of x: ROWS / 2 * PRODUCTS sums a thread, rows g and g + 8 of half a
+    band times rows 8 i + 2 q and the next of x in every four; and q.
+
+    first: a thread's first tile, after which come count - 1 more; source: address of the first chunk of x. Waits for
+    the kernel before, which writes x, and starts to read weights before that.
+    """
     lane = thread % 32
-    g = lane // 4
     half = thread // 32 % 2
-    band = tl.program_id(1) * (WARPS // 2) + thread // 64
-    first_block = tl.program_id(2) * split_blocks
-    count = tl.minimum(blocks - first_block, split_blocks)
-    first = tl.minimum(band, tl.cdiv(N, 32) - 1) * blocks + first_block
     last = first + count - 1
     tile = load_half_tile(tiles_ptr, norms_ptr, first, half, lane, WIDTH)
     table = load_cached(table_ptr + thread * 0)
     ring = open_ring(thread, _SLOTS, WARPS)
     # Everything above was there before; x comes from the kernel before this one.
     q = lane % 4 + wait_for_previous_kernel(thread)
-    block_chunks = ROWS // 64 * PRODUCTS
-    chunks = count * block_chunks
-    source = x_ptr.to(tl.int64) + (tl.program_id(0).to(tl.int64) * blocks + first_block) * (_CHUNK * block_chunks)
+    chunks = count * (ROWS // 64 * PRODUCTS)
     for chunk in tl.static_range(_SLOTS):
         copies = ((thread == 0) & (chunk < chunks)).to(tl.int32)
         fill_slot(ring, chunk, 0, copies, source + chunk * _CHUNK, _SLOTS, False)
@@ -194,9 +188,40 @@ def _int8_wgmma_kernel(
     sums = sums0
     if PRODUCTS == 2:
         sums = sums0 + sums1
-    row = band * 32 + half * 16 + g
-    bias0 = tl.zeros(lane.shape, tl.float32)
-    bias1 = tl.zeros(lane.shape, tl.float32)
+    return sums, q
+
+
+@triton.jit(do_not_specialize=["M", "N", "blocks", "split_blocks"])
+def _int8_wgmma_kernel(
+    tiles_ptr,
+    norms_ptr,
+    table_ptr,
+    x_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    blocks,
+    split_blocks,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    WARPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    thread = tl.arange(0, 32 * WARPS)
+    band = tl.program_id(1) * (WARPS // 2) + thread // 64
+    first_block = tl.program_id(2) * split_blocks
+    count = tl.minimum(blocks - first_block, split_blocks)
+    first = tl.minimum(band, tl.cdiv(N, 32) - 1) * blocks + first_block
+    program_bytes: tl.constexpr = _CHUNK * (ROWS // 64 * PRODUCTS)  # of a block of K
+    source = x_ptr.to(tl.int64) + (tl.program_id(0).to(tl.int64) * blocks + first_block) * program_bytes
+    sums, q = multiply_bands(
+        tiles_ptr, norms_ptr, table_ptr, source, first, count, thread, WIDTH, ROWS, PRODUCTS, WARPS
+    )
+    row = band * 32 + thread // 32 % 2 * 16 + thread % 32 // 4
+    bias0 = tl.zeros(thread.shape, tl.float32)
+    bias1 = tl.zeros(thread.shape, tl.float32)
     if HAS_BIAS:
         bias0 = tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
         bias1 = tl.load(bias_ptr + row + 8, mask=row + 8 < N, other=0.0).to(tl.float32)

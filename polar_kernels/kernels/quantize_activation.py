@@ -24,10 +24,10 @@ _ROUND_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
-def _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES: tl.constexpr):
+def _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES: tl.constexpr, GATED: tl.constexpr):
     """Four columns of a block as the bytes of a word, and the base and scale of the block's products: bits of
     12582912 + p, read as a float and times scale, plus base."""
-    x0, x1, x2, x3 = rotate_block(x_ptr, scales_ptr, row, block, lane, K, HAS_SCALES)
+    x0, x1, x2, x3 = rotate_block(x_ptr, scales_ptr, row, block, lane, K, HAS_SCALES, GATED)
     peak = max_warp(_max(_max(tl.abs(x0), tl.abs(x1)), _max(tl.abs(x2), tl.abs(x3))))
     # A NaN or an infinity anywhere in the block makes its scale NaN, and so the row's results.
     inverse = tl.where(peak > 0, 127.0 / peak, 0.0)
@@ -55,9 +55,12 @@ def _quantize_kernel(
     blocks,
     padded_rows,
     HAS_SCALES: tl.constexpr,
+    GATED: tl.constexpr,
+    ROUTED: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    gdc_launch_dependents()
+    if not ROUTED:
+        gdc_launch_dependents()
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
     row = tl.program_id(1).to(tl.int64)
@@ -65,7 +68,9 @@ def _quantize_kernel(
     inside = block < blocks
     delta = tl.load(table_ptr + _STEP).to(tl.float32, bitcast=True)
     gdc_wait()
-    word, base, scale = _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES)
+    if ROUTED:
+        gdc_launch_dependents()
+    word, base, scale = _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES, GATED)
     # Column 32 s + 8 q + 4 r + i goes where lane q of the product reads its eight words (s, r) in a run.
     position = (lane // 2) % 4 * 8 + lane // 8 * 2 + lane % 2
     tl.store(out_ptr + (row * blocks + block) * 32 + position, word, mask=inside)
@@ -95,11 +100,16 @@ def _quantize_chunks_kernel(
     inside = block < blocks
     delta = tl.load(table_ptr + _STEP).to(tl.float32, bitcast=True)
     gdc_wait()
-    word, base, scale = _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES)
+    word, base, scale = _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES, False)
     product = row // ROWS
     chunks: tl.constexpr = ROWS // 64  # of a block and product
     out = out_ptr + ((product // products * blocks + block) * products + product % products) * (chunks * _CHUNK)
-    own = row % ROWS
+    _store_in_chunk(out, row % ROWS, lane, word, base, scale, inside, ROWS)
+
+
+@triton.jit
+def _store_in_chunk(out, own, lane, word, base, scale, inside, ROWS: tl.constexpr):
+    """Store row `own` of the chunks at `out`, which have ROWS rows."""
     # Column 32 s + 8 q + 4 r + i, of lane 8 s + 2 q + r, is in word q of the 16 bytes (s, r) of its row; the swizzle of
     # shared memory moves those about by the row.
     if ROWS == 64:
@@ -110,6 +120,34 @@ def _quantize_chunks_kernel(
     pair = out + own // _PAIRS * _CHUNK + _CHUNK_X + own % _PAIRS * 2
     tl.store(pair, base.to(tl.int32, bitcast=True), mask=inside & (lane == 0))
     tl.store(pair + 1, scale.to(tl.int32, bitcast=True), mask=inside & (lane == 0))
+
+
+@triton.jit(do_not_specialize=["K", "blocks", "copies"])
+def _quantize_grouped_kernel(
+    x_ptr,
+    scales_ptr,
+    places_ptr,
+    out_ptr,
+    table_ptr,
+    K,
+    blocks,
+    copies,
+    HAS_SCALES: tl.constexpr,
+    GATED: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    thread = tl.arange(0, 32 * WARPS)
+    lane = thread % 32
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * WARPS + thread // 32
+    delta = tl.load(table_ptr + _STEP).to(tl.float32, bitcast=True)
+    gdc_wait()
+    gdc_launch_dependents()
+    word, base, scale = _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES, GATED)
+    for copy in range(copies):
+        place = tl.load(places_ptr + row * copies + copy).to(tl.int64)
+        out = out_ptr + (place // 64 * blocks + block) * _CHUNK
+        _store_in_chunk(out, place % 64, lane, word, base, scale, (block < blocks) & (place >= 0), 64)
 
 
 @triton.jit
@@ -123,14 +161,21 @@ def _round(x):
 
 
 def quantize_activation(
-    x: torch.Tensor, awq_scales: torch.Tensor | None, table: torch.Tensor, padded_rows: int
+    x: torch.Tensor,
+    awq_scales: torch.Tensor | None,
+    table: torch.Tensor,
+    padded_rows: int,
+    *,
+    gated: bool = False,
+    routed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] contiguous -> words int32 [Mp, Kp / 4] and (base, scale) fp32 [Kp / 128, Mp, 2].
 
     table: `tiles.level_table`. padded_rows: Mp, at least M. Rows beyond M are left unwritten: each column of the
-    product depends on its own row.
+    product depends on its own row. gated: x is [M, 2 K], and silu(first half) * second half is taken. routed: the
+    kernel that follows may read what was written before this one without waiting, and so starts only after that.
     """
-    rows, in_features = x.shape
+    rows, in_features = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
     blocks = padded_size(in_features) // BLOCK_SIZE
     words = torch.empty(padded_rows, blocks * 32, dtype=torch.int32, device=x.device)
     meta = torch.empty(blocks, padded_rows, 2, dtype=torch.float32, device=x.device)
@@ -144,6 +189,8 @@ def quantize_activation(
         blocks=blocks,
         padded_rows=padded_rows,
         HAS_SCALES=awq_scales is not None,
+        GATED=gated,
+        ROUTED=routed,
         WARPS=_WARPS,
         num_warps=_WARPS,
         enable_fp_fusion=True,
@@ -174,6 +221,43 @@ def quantize_chunks(
         products=products,
         ROWS=product_rows,
         HAS_SCALES=awq_scales is not None,
+        WARPS=_WARPS,
+        num_warps=_WARPS,
+        enable_fp_fusion=True,
+        launch_pdl=True,
+    )
+    return words
+
+
+def quantize_grouped(
+    x: torch.Tensor,
+    awq_scales: torch.Tensor | None,
+    table: torch.Tensor,
+    places: torch.Tensor,
+    groups: int,
+    *,
+    gated: bool = False,
+) -> torch.Tensor:
+    """x [M, K] contiguous -> words int32 [groups, Kp / 128, 2176], chunks of `ring` of 64 rows each.
+
+    places: int32 [M * copies], where the copies of each row go, the 64 rows of one group after the other's; nowhere
+    where negative. gated: as `quantize_activation`'s. Rows without an x are left unwritten. The kernel that follows may
+    read what was written before this one without waiting.
+    """
+    rows, in_features = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
+    blocks = padded_size(in_features) // BLOCK_SIZE
+    words = torch.empty(groups, blocks, CHUNK_BYTES // 4, dtype=torch.int32, device=x.device)
+    _quantize_grouped_kernel[(rows, triton.cdiv(blocks, _WARPS))](
+        x_ptr=x,
+        scales_ptr=awq_scales,
+        places_ptr=places,
+        out_ptr=words,
+        table_ptr=table,
+        K=in_features,
+        blocks=blocks,
+        copies=places.numel() // rows,
+        HAS_SCALES=awq_scales is not None,
+        GATED=gated,
         WARPS=_WARPS,
         num_warps=_WARPS,
         enable_fp_fusion=True,

@@ -22,15 +22,20 @@ def _rotate_kernel(
     K,
     blocks,
     HAS_SCALES: tl.constexpr,
+    GATED: tl.constexpr,
+    ROUTED: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    gdc_launch_dependents()
+    if not ROUTED:
+        gdc_launch_dependents()
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
     row = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0) * WARPS + thread // 32
     gdc_wait()
-    x0, x1, x2, x3 = rotate_block(x_ptr, scales_ptr, row, block, lane, K, HAS_SCALES)
+    if ROUTED:
+        gdc_launch_dependents()
+    x0, x1, x2, x3 = rotate_block(x_ptr, scales_ptr, row, block, lane, K, HAS_SCALES, GATED)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     # Column 32 s + 8 q + 4 r + i, of lane 8 s + 2 q + r, goes where lane q of the product reads its words in a run: two
     # words for each of the steps 2 s + r of 16 columns.
@@ -39,12 +44,15 @@ def _rotate_kernel(
     tl.store(out + 1, pack_halves(x2 * _FACTOR, x3 * _FACTOR, DTYPE), mask=block < blocks)
 
 
-def rotate_activation(x: torch.Tensor, awq_scales: torch.Tensor | None, padded_rows: int) -> torch.Tensor:
+def rotate_activation(
+    x: torch.Tensor, awq_scales: torch.Tensor | None, padded_rows: int, *, gated: bool = False, routed: bool = False
+) -> torch.Tensor:
     """x [M, K] contiguous, bf16 or fp16 -> words int32 [Mp, Kp / 2].
 
     padded_rows: Mp, at least M. Rows beyond M are left unwritten: each column of the product depends on its own row.
+    gated and routed: as `quantize_activation`'s.
     """
-    rows, in_features = x.shape
+    rows, in_features = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
     blocks = padded_size(in_features) // BLOCK_SIZE
     words = torch.empty(padded_rows, blocks * 64, dtype=torch.int32, device=x.device)
     _rotate_kernel[(triton.cdiv(blocks, _WARPS), rows)](
@@ -54,6 +62,8 @@ def rotate_activation(x: torch.Tensor, awq_scales: torch.Tensor | None, padded_r
         K=in_features,
         blocks=blocks,
         HAS_SCALES=awq_scales is not None,
+        GATED=gated,
+        ROUTED=routed,
         WARPS=_WARPS,
         num_warps=_WARPS,
         enable_fp_fusion=True,

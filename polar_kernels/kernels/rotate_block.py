@@ -7,13 +7,16 @@ from polar_kernels.kernels.ptx import swap_lanes
 
 
 @triton.jit
-def rotate_block(x_ptr, scales_ptr, row, block, lane, K, HAS_SCALES: tl.constexpr):
-    """Columns 4 lane .. 4 lane + 3 of the block, fp32, times sqrt(128): the transform is not normalised here."""
+def rotate_block(x_ptr, scales_ptr, row, block, lane, K, HAS_SCALES: tl.constexpr, GATED: tl.constexpr):
+    """Columns 4 lane .. 4 lane + 3 of the block, fp32, times sqrt(128): the transform is not normalised here.
+
+    GATED: a row has 2 K columns, and x is silu(the first K) * the others.
+    """
     column = block * 128 + 4 * lane
-    x0 = _load(x_ptr, scales_ptr, row, column, K, HAS_SCALES)
-    x1 = _load(x_ptr, scales_ptr, row, column + 1, K, HAS_SCALES)
-    x2 = _load(x_ptr, scales_ptr, row, column + 2, K, HAS_SCALES)
-    x3 = _load(x_ptr, scales_ptr, row, column + 3, K, HAS_SCALES)
+    x0 = _load(x_ptr, scales_ptr, row, column, K, HAS_SCALES, GATED)
+    x1 = _load(x_ptr, scales_ptr, row, column + 1, K, HAS_SCALES, GATED)
+    x2 = _load(x_ptr, scales_ptr, row, column + 2, K, HAS_SCALES, GATED)
+    x3 = _load(x_ptr, scales_ptr, row, column + 3, K, HAS_SCALES, GATED)
     x0, x1, x2, x3 = x0 + x1, x0 - x1, x2 + x3, x2 - x3
     x0, x1, x2, x3 = x0 + x2, x1 + x3, x0 - x2, x1 - x3
     for bit in tl.static_range(5):
@@ -27,8 +30,13 @@ def rotate_block(x_ptr, scales_ptr, row, block, lane, K, HAS_SCALES: tl.constexp
 
 
 @triton.jit
-def _load(x_ptr, scales_ptr, row, column, K, HAS_SCALES: tl.constexpr):
-    x = tl.load(x_ptr + row * K + column, mask=column < K, other=0.0).to(tl.float32)
+def _load(x_ptr, scales_ptr, row, column, K, HAS_SCALES: tl.constexpr, GATED: tl.constexpr):
+    if GATED:
+        gate = tl.load(x_ptr + row * (2 * K) + column, mask=column < K, other=0.0).to(tl.float32)
+        up = tl.load(x_ptr + row * (2 * K) + K + column, mask=column < K, other=0.0).to(tl.float32)
+        x = gate / (1 + tl.exp(-gate)) * up
+    else:
+        x = tl.load(x_ptr + row * K + column, mask=column < K, other=0.0).to(tl.float32)
     if HAS_SCALES:
         x = x / tl.load(scales_ptr + column, mask=column < K, other=1.0).to(tl.float32)
     return x

@@ -62,7 +62,7 @@ def tiled_linear(
     small = len(tiles) <= _SMALL_TILES
     if rows <= (2 * _NARROW_ROWS if small else _NARROW_ROWS):
         return int8_linear(x, *weight)
-    wgmma = _has_wgmma(x.device)
+    wgmma = has_wgmma(x.device)
     most = (_WGMMA_ROWS if small else 2 * _WGMMA_ROWS) if wgmma else _NARROW_ONLY_ROWS
     if can_be_dense and rows > most:
         return _dense_linear(x, *weight)
@@ -142,6 +142,6 @@ def supports(device: torch.device) -> bool:
 
 
 @cache
-def _has_wgmma(device: torch.device) -> bool:
+def has_wgmma(device: torch.device) -> bool:
     """Hopper's instruction, which later GPUs do not have."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from polar_bench import kernels, report
-from polar_bench.kernels import Measurement
+from polar_bench import experts, kernels, report
+from polar_bench.measurement import Measurement
 from polar_bench.timing import L2_BYTES, copies_needed, time_calls
 
 
@@ -32,6 +32,19 @@ def result() -> report.Result:
 
 def test_mean_over_the_layers_counts_the_doubled_shape_twice(result: report.Result) -> None:
     assert report.mean_ratios(result) == {"p int8": {1: pytest.approx((2 * 8 * 8) ** (1 / 3)), 2: pytest.approx(3.0)}}
+
+
+def test_experts_have_a_mean_and_a_chart_of_their_own(result: report.Result, tmp_path: Path) -> None:
+    of_experts = vars(measurement(4, 5.0)) | {"kernel": "experts"}
+    result["rows"].append(of_experts)
+    assert report.mean_ratios(result, "experts") == {"p int8": {4: pytest.approx(5.0)}}
+    assert 4 not in report.mean_ratios(result)["p int8"]
+    path = report.write(result, tmp_path)
+    assert path.with_name("kernels-some-gpu-experts.png").stat().st_size > 1000
+    report.document(tmp_path, tmp_path / "benchmarks.md")
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "(kernels-some-gpu-experts.png)" in text
+    assert "| p int8 | 5.00 |" in text
 
 
 def test_no_time_for_a_wrong_result(result: report.Result) -> None:
@@ -75,3 +88,15 @@ def test_a_measurement(device: torch.device) -> None:
     assert all(row.microseconds for row in results)
     x = torch.zeros(1 << 20, device=device)
     assert 0 < time_calls([lambda: x.add_(1)], replays=5).microseconds < 1e4
+
+
+@pytest.mark.gpu
+def test_experts() -> None:
+    shape = experts.Shape(64, 512, 256, 4)
+    results = experts.run(shape, (1, 128), 1e12)
+    assert {(row.provider, row.mode) for row in results if row.M == 1} == {
+        *((f"transformers {name}", "bf16") for name in ("grouped_mm", "batched_mm")),
+        *(("torch._grouped_mm", "bf16"), ("polar 5-bit", "int8"), ("polar 5-bit", "exact")),
+    }
+    assert len(results) == 9  # one of them is not for many tokens
+    assert all(row.ratio for row in results)

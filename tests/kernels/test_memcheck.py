@@ -9,8 +9,10 @@ import pytest
 
 CALLS = """
 import torch
-from polar_kernels import PolarLinear
+from polar_kernels import PolarExpertProjection, PolarExperts, PolarLinear
+from polar_kernels.kernels import tiled_experts
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
+from polar_kernels.kernels.tiled import has_wgmma
 from polar_kernels.kernels.wgmma_forms import FORMS
 torch.manual_seed(0)
 for bits in (4, 5):
@@ -26,6 +28,16 @@ for bits in (4, 5):
             for splits in (1, 2):
                 int8_wgmma_linear(torch.randn(70, 392, device="cuda").half(), *parts, 70, (form, splits))
     layer.dequantize()
+    stacks = torch.randn(3, 96, 160, device="cuda"), torch.randn(3, 160, 48, device="cuda")
+    layer = PolarExperts(*(PolarExpertProjection.from_dense(stack, bits) for stack in stacks))
+    assert layer.down_proj.tiles is not None
+    for activation in ("int8", "exact"):
+        layer.activation = activation
+        for tokens in (1, 5, 20, 70, 90):  # one of each form
+            tiled_experts._FEW_PAIRS = 4
+            tiled_experts.has_wgmma = (lambda device: False) if tokens == 90 else has_wgmma
+            weights, index = torch.rand(tokens, 3, device="cuda").topk(2)
+            layer(torch.randn(tokens, 160, device="cuda").half(), index, weights)
 torch.cuda.synchronize()
 """
 

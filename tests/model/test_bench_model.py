@@ -123,6 +123,27 @@ def test_rows_of_a_run(device: torch.device) -> None:
     assert works == []
 
 
+@pytest.mark.usefixtures("_few_tokens")
+def test_what_cannot_be_measured_is_left_out(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that accelerate does not take, and one that does not fit."""
+
+    def refuse(model: object, **sizes: int) -> None:
+        raise UnsupportedModelError("transformers' experts wait for the CPU")
+
+    def too_large() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(models, "accelerate", refuse)
+    makes = models.providers(model_config(str(MODEL)), 5, device, torch.float32) | {"float32": too_large}
+    with pytest.warns(UserWarning, match="is left out") as warned:
+        rows, _ = models.run("tiny", makes, prefill=(16,), contexts=(8,), batches=(1,), runs=2)
+    assert [str(warning.message) for warning in warned] == [
+        "polar 5-bit, accelerated, is left out: transformers' experts wait for the CPU",
+        "float32 is left out: CUDA out of memory.",
+    ]
+    assert {row.provider for row in rows} == {"polar 5-bit"}
+
+
 def test_decoding_is_timed_without_the_prompt(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose prompts take a second and whose tokens take 10 ms."""
     monkeypatch.setattr(models, "_generate", lambda model, ids, tokens: 1 + 0.01 * tokens)
@@ -135,6 +156,7 @@ def test_kinds_of_a_step() -> None:
         "_int8_matmul_kernel",
         "triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_0",
         "_attend_kernel",
+        "_expert_pairs_kernel",
         "_delta_kernel",
         "triton_poi_fused_mul_silu_tiled_linear_0",
         "_int8_matmul_kernel",
@@ -147,10 +169,11 @@ def test_kinds_of_a_step() -> None:
         "matmuls": (2, 1),
         "norms": (3, 1),
         "attention": (4, 1),
-        "GatedDeltaNet": (5, 1),
-        "elementwise": (6 + 8, 2),
-        "head": (7, 1),
-        "gaps": (sum(10 - i - 1 for i in range(7)), 0),
+        "experts": (5, 1),
+        "GatedDeltaNet": (6, 1),
+        "elementwise": (7 + 9, 2),
+        "head": (8, 1),
+        "gaps": (sum(10 - i - 1 for i in range(8)), 0),
     }
     assert [row.microseconds for row in rows] == sorted((row.microseconds for row in rows), reverse=True)
     assert {(row.provider, row.batch) for row in rows} == {("polar", 4)}

@@ -32,8 +32,10 @@ def test_it_finds_the_same(device: torch.device, monkeypatch: pytest.MonkeyPatch
     total = 4 + len(plan.layers.sites())
     assert told[-1] == (total, total)
     assert found.awq_scales.keys() == whole.awq_scales.keys()
+    # On a GPU, sums in another order may tip a near tie between an exponent and the next.
+    tolerance = 2e-3 if device.type == "cpu" else 0.1
     for name, scales in whole.awq_scales.items():
-        torch.testing.assert_close(found.awq_scales[name], scales, rtol=2e-3, atol=0)
+        torch.testing.assert_close(found.awq_scales[name], scales, rtol=tolerance, atol=0)
     assert found.moments.keys() == whole.moments.keys()
     for name, moments in whole.moments.items():
         assert (found.moments[name] - moments).norm() < 1e-3 * moments.norm()
