@@ -1,16 +1,16 @@
-"""The part of docs/benchmarks.md about whole models, from the JSON of `polar bench model`."""
+"""The parts of docs/benchmarks.md about whole models, from the JSON of `polar bench model` and `polar bench vllm`."""
 
 from typing import Any
 
+from polar_bench import vllm_layers
 from polar_bench.models import COLUMNS, ModelMeasurement, table
 
 
 def section(result: dict[str, Any]) -> str:
     """Markdown: a table a model, and where the time of an accelerated step goes."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines = [
         f"\n## Whole models, {result['gpu']}\n",
-        f"{versions}, CUDA {result['cuda']}, commit {result['commit']}, {result['date']}.",
+        _origin(result),
         "Random weights of the true shape. Decoding is `generate`, of the plain model and after `accelerate`; "
         "tokens/s are of the whole batch, GB/s those at which the weights are read.",
     ]
@@ -24,6 +24,26 @@ def section(result: dict[str, Any]) -> str:
                 *_profile(works),
             ]
     return "\n".join(lines) + "\n"
+
+
+def plug_in_section(result: dict[str, Any]) -> str:
+    """Markdown: the products of a decode step in vLLM."""
+    lines = [
+        f"\n## The vLLM plug-in's layers, {result['gpu']}\n",
+        _origin(result),
+        f"All matrix products of one decode step of {result['model']}, by the methods that vLLM calls, in one CUDA "
+        "graph, on random weights of the true shape. vLLM itself did not run, nor attention, norms and sampling: tokens/s are what "
+        "the products alone would allow.\n",
+        *_markdown(
+            vllm_layers.COLUMNS, vllm_layers.table([vllm_layers.StepMeasurement(**row) for row in result["rows"]])
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _origin(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return f"{versions}, CUDA {result['cuda']}, commit {result['commit']}, {result['date']}."
 
 
 def _profile(works: list[dict[str, Any]]) -> list[str]:

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -114,10 +115,14 @@ def mean_ratios(result: Result, kernel: str = "linear") -> dict[str, dict[int, f
 def document(folder: Path, out: Path) -> None:
     """Write docs/benchmarks.md from the result files in `folder`."""
     parts = [_INTRODUCTION]
-    for path in [*sorted(folder.glob("model-*.json")), *sorted(folder.glob("kernels-*.json"))]:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        of_models = path.name.startswith("model-")
-        parts.append(model_report.section(result) if of_models else _section(result, path, out.parent))
+    sections: dict[str, Callable[[Result, Path], str]] = {
+        "model": lambda result, path: model_report.section(result),
+        "vllm": lambda result, path: model_report.plug_in_section(result),
+        "kernels": lambda result, path: _section(result, path, out.parent),
+    }
+    for kind, section in sections.items():
+        for path in sorted(folder.glob(f"{kind}-*.json")):
+            parts.append(section(json.loads(path.read_text(encoding="utf-8")), path))
     write_whole(out, "\n".join(parts).encode())
 
 

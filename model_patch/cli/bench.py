@@ -105,3 +105,35 @@ def model(
             report.write_json(result, out, f"model-{report.gpu_name(result)}")
             if document is not None:
                 report.document(out, document)
+
+
+@bench.command()
+def vllm(
+    config: Annotated[
+        str, typer.Option(help="qwen3.5-4b, qwen3.5-9b, qwen3.5-27b, or a folder or Hub name of a dense Qwen3.5.")
+    ] = "qwen3.5-9b",
+    bits: Annotated[int, typer.Option(help="Of the quantised layers.")] = 5,
+    out: OutFolder = None,
+    document: Document = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time the matrix products of a decode step by the vLLM plug-in's layers beside bf16: needs a GPU, and no vLLM."""
+    from polar_bench import report, vllm_layers
+    from polar_bench.random_model import model_config
+
+    check_results(out, document, charts=False)
+    layers = vllm_layers.layers_of(model_config(config))
+    if not torch.cuda.is_available():
+        raise ConfigError("polar bench vllm needs a CUDA GPU, and torch finds none")
+    with progress_bar(f"bench vllm {config}") as progress:
+        measured = vllm_layers.run(layers, bits=bits, progress=progress)
+    result = report.describe() | {"model": config, "rows": [asdict(measurement) for measurement in measured]}
+    if as_json:
+        print_json(result)
+    else:
+        print_table(f"{config} on {result['gpu']}", vllm_layers.COLUMNS, vllm_layers.table(measured))
+    if out is not None:
+        with writing(out):
+            report.write_json(result, out, f"vllm-{report.gpu_name(result)}")
+            if document is not None:
+                report.document(out, document)
