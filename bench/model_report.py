@@ -32,8 +32,8 @@ def plug_in_section(result: dict[str, Any]) -> str:
         f"\n## The vLLM plug-in's layers, {result['gpu']}\n",
         _origin(result),
         f"All matrix products of one decode step of {result['model']}, by the methods that vLLM calls, in one CUDA "
-        "graph, on random weights of the true shape. vLLM itself did not run, nor attention, norms and sampling: tokens/s are what "
-        "the products alone would allow.\n",
+        "graph, on random weights of the true shape. vLLM itself did not run, nor attention, norms and sampling: "
+        "tokens/s are what the products alone would allow.\n",
         *_markdown(
             vllm_layers.COLUMNS, vllm_layers.table([vllm_layers.StepMeasurement(**row) for row in result["rows"]])
         ),

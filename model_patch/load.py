@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     HFValidationError,
@@ -14,13 +15,13 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from model_patch.architectures import check_model_type, is_vision_language
 from model_patch.checkpoint.reader import Checkpoint, read_config
@@ -125,7 +126,8 @@ def meta_model(folder: Path) -> PreTrainedModel:
     model_type = check_model_type(read_config(folder).get("model_type"))
     auto = AutoModelForImageTextToText if is_vision_language(model_type) else AutoModelForCausalLM
     try:
-        config = AutoConfig.from_pretrained(folder)
+        # Not AutoConfig, in which another package may have put a class of its own; older versions of vLLM do.
+        config = getattr(transformers, CONFIG_MAPPING_NAMES[model_type]).from_pretrained(folder)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen3_5Config
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import model_patch
@@ -25,6 +26,7 @@ from model_patch import (
     patch_model,
     register,
 )
+from model_patch.load import meta_model
 from polar_kernels import PolarModule, lloyd_max_levels, published_levels
 
 UP = "model.layers.0.mlp.up_proj"
@@ -614,3 +616,12 @@ def test_an_unknown_architecture_is_refused(zoo: Any, loader: str, tmp_path: Pat
 def test_a_folder_that_is_not_there() -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         load_model("/no/such/folder")
+
+
+def test_a_structure_is_of_transformers_own_config_class(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(PreTrainedConfig):  # as older versions of vLLM register for Qwen3.5
+        model_type = "qwen3_5"
+
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "qwen3_5", Other)
+    assert type(AutoConfig.from_pretrained(zoo.checkpoint("qwen3_5"))) is Other
+    assert type(meta_model(zoo.checkpoint("qwen3_5")).config) is Qwen3_5Config

@@ -127,13 +127,14 @@ class Quantized:
     root: Path
     _folders: dict[str, Path] = field(default_factory=dict)
 
-    def folder(self, name: str, *, scales: str = "site") -> Path:
+    def folder(self, name: str, *, scales: str = "site", exclude: str = "") -> Path:
         """scales: "site", random AWQ scales that layers which read one activation share; "layer", of each layer its
-        own, which vLLM cannot merge; "none"."""
-        key = f"{name}-{scales}"
+        own, which vLLM cannot merge; "none". exclude: patterns of layers that stay plain, with spaces between."""
+        key = "-".join([name, scales, *exclude.replace("*", "").split()])
         if key not in self._folders:
             model = self._model(name)
-            patch_model(model, awq_scales=None if scales == "none" else _awq_scales(model, scales))
+            config = PolarQuantConfig(modules_to_not_convert=exclude.split())
+            patch_model(model, config, awq_scales=None if scales == "none" else _awq_scales(model, scales))
             self._folders[key] = self.root / key
             model.save_pretrained(self._folders[key])
         return self._folders[key]
@@ -171,8 +172,8 @@ class Engine:
     quantized: Quantized
     folders: Callable[[str], Path]
 
-    def job(self, name: str, scales: str = "site", **options: Any) -> Job:
-        return Job(str(self.quantized.folder(name, scales=scales)), **options)
+    def job(self, name: str, scales: str = "site", exclude: str = "", **options: Any) -> Job:
+        return Job(str(self.quantized.folder(name, scales=scales, exclude=exclude)), **options)
 
     def result(self, tokens: list[list[int]], logprobs: list[list[float]]) -> Result:
         return Result("", tokens, logprobs)
