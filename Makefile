@@ -46,8 +46,8 @@ $(VENV)/.test-installed: $(VENV)/.installed
 # By itself, so that .ci/run can tell a package that cannot be had from what is wrong with ours.
 $(VLLM_VENV)/.vllm:
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_BIN)/pip install --quiet "$(VLLM_TORCH)"
-	$(VLLM_BIN)/pip install --quiet "$(VLLM)"
+	$(VLLM_BIN)/pip install --quiet --no-compile "$(VLLM_TORCH)"
+	$(VLLM_BIN)/pip install --quiet --no-compile "$(VLLM)"
 	touch $@
 
 $(VLLM_VENV)/.installed: pyproject.toml tests/vllm/environment.py | $(VLLM_VENV)/.vllm
