@@ -71,9 +71,12 @@ def evaluate(
     limit: int | None = None,
     convention: Convention = Convention.hugging_face,
     reference: PreTrainedModel | Reference | None = None,
+    batch_size: int = 1,
     progress: Progress = no_progress,
 ) -> Evaluation:
     """Score `tokens` [T] with `model`, and compare with `reference` if given; a last, short window is left out.
+
+    batch_size: windows that the model is run on at a time.
 
     Raises CheckpointError when the text has no whole window, ConfigError as `check_windows` does.
     """
@@ -89,9 +92,12 @@ def evaluate(
     divergences: list[torch.Tensor] = []
     agreement = 0
     for index, start in enumerate(starts):
-        ids = tokens[start : start + window].to(device)
+        if index % batch_size == 0:
+            batch = tokens.unfold(0, window, stride)[index : index + batch_size][: len(starts) - index].to(device)
+            outputs = model(batch, use_cache=False).logits
+        ids = batch[index % batch_size]
         scored = count_scored(convention, index, window, stride)
-        logits = log_probabilities(model, ids, scored)
+        logits = _predictions(outputs[index % batch_size], scored)
         losses.append(-logits.gather(-1, ids[-scored:, None]).squeeze(-1).double().cpu())
         if expect is not None:
             expected = _same_vocabulary(expect(index, ids, scored), logits)
@@ -121,7 +127,11 @@ def count_scored(convention: Convention, index: int, window: int, stride: int) -
 
 def log_probabilities(model: PreTrainedModel, ids: torch.Tensor, scored: int) -> torch.Tensor:
     """fp32 log-probabilities [scored, V] of the distributions that predict the window's last `scored` tokens."""
-    return model(ids[None], use_cache=False).logits[0, -scored - 1 : -1].float().log_softmax(-1)
+    return _predictions(model(ids[None], use_cache=False).logits[0], scored)
+
+
+def _predictions(logits: torch.Tensor, scored: int) -> torch.Tensor:
+    return logits[-scored - 1 : -1].float().log_softmax(-1)
 
 
 def model_reference(model: PreTrainedModel, tokens: torch.Tensor) -> Reference:
