@@ -14,6 +14,7 @@ from polar_bench.report import Result
 
 from model_patch.checkpoint.writer import write_whole
 
+MIXED = ["layers", "bits a weight", "perplexity", "mean KL", "of uniform", "99 % KL", "same top-1"]
 COLUMNS = ["weights", "bits a weight", "perplexity", "mean KL", "of baseline", "99 % KL", "same top-1"]
 
 
@@ -34,27 +35,53 @@ def write(result: Result, folder: Path) -> Path:
     return path
 
 
+def tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, columns and rows for people, of all bits that were measured."""
+    where = f"{result['rows'][0]['windows']} windows of {result['text']}"
+    found = [(f"{result['model']} at {b} bits, {where}", COLUMNS, table(result, b)) for b in widths(result)]
+    mixed = [
+        (f"{result['model']} at a mean of {b} bits, {where}", MIXED, mixed_table(result, b)) for b in means(result)
+    ]
+    return [entry for entry in found if len(entry[2]) > 1] + mixed
+
+
 def table(result: Result, bits: int) -> list[list[str]]:
-    """Rows for people, of the original and of all variants at `bits`."""
-    rows = [row for row in result["rows"] if row["bits"] in (0, bits)]
+    """Rows for people, of the original and of all variants at `bits`, the same in all layers."""
+    rows = [row for row in result["rows"] if row["uniform"] and row["bits"] in (0, bits)]
     baseline = next((row["kl_divergence"] for row in rows if row["variant"] == ablate.BASELINE), None)
+    return [_cells(row, row["variant"], baseline if row["bits"] else None) for row in rows]
+
+
+def mixed_table(result: Result, mean: float) -> list[list[str]]:
+    """Rows for people, of `ablate.FULL` at the whole bits below `mean` and at bits of each layer's own."""
+    below, mixed = (
+        next(row for row in result["rows"] if (row["variant"], row["bits"], row["uniform"]) == wanted)
+        for wanted in ((ablate.FULL, int(mean), True), (ablate.FULL, mean, False))
+    )
+    baseline = below["kl_divergence"]
+    return [_cells(below, f"{int(mean)} bits in all layers", baseline), _cells(mixed, f"{mean} on average", baseline)]
+
+
+def _cells(row: dict[str, Any], name: str, baseline: float | None) -> list[str]:
     return [
-        [
-            row["variant"],
-            f"{row['bits_per_weight']:.3f}",
-            f"{row['perplexity']:.3f} +- {row['perplexity_error']:.3f}",
-            f"{row['kl_divergence']:.6f}",
-            f"{row['kl_divergence'] / baseline:.2f}" if baseline and row["bits"] else "-",
-            f"{row['kl_divergence_99']:.4f}",
-            f"{row['top1_agreement']:.2%}",
-        ]
-        for row in rows
+        name,
+        f"{row['bits_per_weight']:.3f}",
+        f"{row['perplexity']:.3f} +- {row['perplexity_error']:.3f}",
+        f"{row['kl_divergence']:.6f}",
+        f"{row['kl_divergence'] / baseline:.2f}" if baseline else "-",
+        f"{row['kl_divergence_99']:.4f}",
+        f"{row['top1_agreement']:.2%}",
     ]
 
 
 def widths(result: Result) -> list[int]:
-    """The bits that were measured, in the order they were."""
-    return list(dict.fromkeys(row["bits"] for row in result["rows"] if row["bits"]))
+    """The uniform bits that were measured, in the order they were."""
+    return list(dict.fromkeys(row["bits"] for row in result["rows"] if row["bits"] and row["uniform"]))
+
+
+def means(result: Result) -> list[float]:
+    """The same of bits that differ from layer to layer."""
+    return [row["bits"] for row in result["rows"] if not row["uniform"]]
 
 
 def command(result: Result) -> str:
@@ -63,6 +90,10 @@ def command(result: Result) -> str:
     words = ["polar", "ablate", result["model"], "--calibration", result["calibration"]]
     words += ["--windows", result["calibration_windows"], "--text", result["text"], "--window", scored["window"]]
     words += ["--limit", scored["windows"], *(word for bits in widths(result) for word in ("--bits", bits))]
+    words += [word for mean in means(result) for word in ("--target-bits", mean)]
+    named = list(dict.fromkeys(row["variant"] for row in result["rows"] if row["bits"] and row["uniform"]))
+    if len(named) < len(ablate.VARIANTS):
+        words += [word for name in named for word in ("--variant", name)]
     words += ["--dtype", result["dtype"], *(["--device", "cpu"] if result["gpu"] == "CPU" else [])]
     return shlex.join(map(str, words))
 
@@ -100,13 +131,14 @@ def _section(result: Result, path: Path, base: Path) -> str:
         f"![Mean KL divergence over the baseline's]({report.relative_link(path.with_suffix('.png'), base)})",
     ]
     for bits in widths(result):
-        lines += [
-            f"\n### {bits} bits\n",
-            "| " + " | ".join(COLUMNS) + " |",
-            "|---" * len(COLUMNS) + "|",
-            *("| " + " | ".join(row) + " |" for row in table(result, bits)),
-        ]
+        lines += [f"\n### {bits} bits\n", *_markdown(COLUMNS, table(result, bits))]
+    for mean in means(result):
+        lines += [f"\n### {mean} bits on average, each layer's own\n", *_markdown(MIXED, mixed_table(result, mean))]
     return "\n".join(lines) + "\n"
+
+
+def _markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows)]
 
 
 def chart(result: Result) -> Any:
@@ -118,7 +150,8 @@ def chart(result: Result) -> Any:
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     for index, bits in enumerate(widths(result)):
-        found = {row["variant"]: row["kl_divergence"] for row in result["rows"] if row["bits"] == bits}
+        rows = [row for row in result["rows"] if row["bits"] == bits and row["uniform"]]
+        found = {row["variant"]: row["kl_divergence"] for row in rows}
         places = [place + index * thickness for place in range(len(names))]
         axes.barh(places, [found[name] / found[ablate.BASELINE] for name in names], thickness, label=f"{bits} bits")
     axes.set_yticks([place + 0.4 - thickness / 2 for place in range(len(names))], names)

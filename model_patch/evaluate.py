@@ -17,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from model_patch.errors import CheckpointError, ConfigError
 from model_patch.progress import Progress, no_progress
 
+_LOGIT_BYTES = 1 << 29  # of the fp32 logits of a batch of windows
+
 # Window's number, its token ids [T], how many are scored -> fp32 log-probabilities [scored, V].
 Reference = Callable[[int, torch.Tensor, int], torch.Tensor]
 
@@ -82,18 +84,18 @@ def evaluate(
     """
     check_windows(convention, window, stride)
     stride = stride or window
-    starts = list(range(0, len(tokens) - window + 1, stride))[:limit]
-    if not starts:
+    windows = tokens.unfold(0, window, stride)[:limit] if len(tokens) >= window else tokens[:0]
+    if not len(windows):
         raise CheckpointError("text", f"it has {len(tokens)} tokens, fewer than one window of {window}")
     check_vocabulary(tokens, model)
     expect = model_reference(reference, tokens) if isinstance(reference, PreTrainedModel) else reference
     device = next(model.parameters()).device
     losses: list[torch.Tensor] = []
     divergences: list[torch.Tensor] = []
-    agreement = 0
-    for index, start in enumerate(starts):
+    agreement = torch.zeros((), dtype=torch.long, device=device)
+    for index in range(len(windows)):
         if index % batch_size == 0:
-            batch = tokens.unfold(0, window, stride)[index : index + batch_size][: len(starts) - index].to(device)
+            batch = windows[index : index + batch_size].to(device)
             outputs = model(batch, use_cache=False).logits
         ids = batch[index % batch_size]
         scored = count_scored(convention, index, window, stride)
@@ -102,9 +104,9 @@ def evaluate(
         if expect is not None:
             expected = _same_vocabulary(expect(index, ids, scored), logits)
             divergences.append((expected.exp() * (expected - logits)).sum(-1).cpu())
-            agreement += int((expected.argmax(-1) == logits.argmax(-1)).sum())
-        progress(index + 1, len(starts), "scoring")
-    scores = _perplexity(losses) | (_distance(torch.cat(divergences), agreement) if divergences else {})
+            agreement += (expected.argmax(-1) == logits.argmax(-1)).sum()
+        progress(index + 1, len(windows), "scoring")
+    scores = _perplexity(losses) | (_distance(torch.cat(divergences), int(agreement)) if divergences else {})
     return Evaluation(len(losses), window, stride, convention.value, sum(len(loss) for loss in losses), **scores)
 
 
@@ -140,11 +142,22 @@ def model_reference(model: PreTrainedModel, tokens: torch.Tensor) -> Reference:
 
     def predict(_: int, ids: torch.Tensor, scored: int) -> torch.Tensor:
         found = log_probabilities(model, ids.to(model.device), scored).to(ids.device)
-        if found.isnan().any():
-            raise CheckpointError("reference", "its predictions have NaN: NaN or infinity in the weights?")
-        return found
+        return check_predictions(found)
 
     return predict
+
+
+def check_predictions(found: torch.Tensor) -> torch.Tensor:
+    """Raise CheckpointError for a reference's predictions with NaN."""
+    if found.isnan().any():
+        raise CheckpointError("reference", "its predictions have NaN: NaN or infinity in the weights?")
+    return found
+
+
+def windows_at_a_time(model: PreTrainedModel, window: int) -> int:
+    """Windows of so many tokens to run a model on: one on a CPU, as many as there is room for on a GPU."""
+    weight = model.get_output_embeddings().weight
+    return max(1, _LOGIT_BYTES // (4 * window * weight.shape[0])) if weight.is_cuda else 1
 
 
 def check_vocabulary(tokens: torch.Tensor, model: PreTrainedModel) -> None:

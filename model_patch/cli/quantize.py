@@ -20,6 +20,7 @@ from model_patch.cli.options import (
     pick_device,
     print_json,
     print_table,
+    rare_experts_warning,
     warn,
 )
 from model_patch.cli.quantize_options import Method, check_options, parse_bits_for, parse_target, pick_streamed
@@ -38,7 +39,6 @@ from model_patch.quantize import (
     quantize_checkpoint,
     write_absmax,
 )
-from model_patch.quantize.calibrate import EXPERT_ROWS
 from model_patch.quantize.resume import make_record, open_work
 
 _BITS = 5  # where nothing else is asked for
@@ -151,17 +151,12 @@ def _calibrate(
     if plan.config.awq or feedback:
         with progress_bar("calibrate") as progress:
             found = calibrate_plan(plan, text, device, windows, feedback=feedback, streamed=streamed, progress=progress)
-        warn([_rare_experts(layer, experts) for layer, experts in found.rare_experts.items()])
+        warn([rare_experts_warning(layer, experts) for layer, experts in found.rare_experts.items()])
     if target is None:
         return plan, found
     with progress_bar("measure") as progress:
         parts = measure_parts(plan, fixed, found, text, device, progress=progress)
     return plan_for_target(plan, fixed, target, parts), found
-
-
-def _rare_experts(layer: str, experts: list[int]) -> str:
-    listed = ", ".join(map(str, experts))
-    return f"{layer}: experts {listed} saw fewer than {EXPERT_ROWS} tokens each, and were judged by all experts' tokens"
 
 
 def _report(plan: QuantizePlan, out: Path | None, as_json: bool, method: Method) -> None:

@@ -72,7 +72,7 @@ class ExpertSites:
         rare = [expert for expert, tokens in enumerate(self._tokens) if tokens < EXPERT_ROWS]
         for projection, site in self._sites.items():
             totals = self._totals[projection]
-            of_all = sum(totals)
+            of_all = torch.stack(totals).sum(0)
             own = [of_all if expert in rare else total for expert, total in enumerate(totals)]
             found.of_site[site] = kept(torch.stack(own) if len(own) > 1 else own[0])
         if rare:

@@ -65,7 +65,7 @@ class LayerwiseRun:
         for span in self._head_batches:
             x = gradient[span].to(self.device).requires_grad_()
             loss(self._head(self._norm(x)).flatten(0, 1)).backward()
-            gradient[span] = x.grad
+            gradient[span] = _gradient(x)
             after(_length(span))
         for index in reversed(range(len(self.layers))):
             read = streams.pop()
@@ -73,7 +73,7 @@ class LayerwiseRun:
                 for span in self._batches:
                     x = read[span].to(self.device).requires_grad_()
                     layer(x, **self._arguments_of(index, span)).backward(gradient[span].to(self.device))
-                    gradient[span] = x.grad
+                    gradient[span] = _gradient(x)
                     after(_length(span))
                     told(_length(span))
 
@@ -147,6 +147,11 @@ def load_weights(
         if not name.startswith(skip or "\0") and (key := canonical(f"{prefix}.{name}" if prefix else name)) in stored
     }
     module.load_state_dict(state, strict=False, assign=True)
+
+
+def _gradient(x: torch.Tensor) -> torch.Tensor:
+    assert x.grad is not None  # it was run back to
+    return x.grad
 
 
 def _length(span: slice) -> int:
