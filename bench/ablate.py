@@ -162,11 +162,11 @@ def plans(source: Path, bits: Sequence[int]) -> dict[int, QuantizePlan]:
 
 
 def pick_variants(names: Sequence[str]) -> list[Variant]:
-    """Those with the given names, all when there are none. Raises ConfigError for an unknown one."""
+    """Those with the given names, and the baseline; all when there are none. Raises ConfigError for an unknown one."""
     known = {variant.name: variant for variant in VARIANTS}
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"--variant {unknown[0]!r}: must be one of {', '.join(map(repr, known))}")
-    return [known[name] for name in names] or list(VARIANTS)
+    return [variant for variant in VARIANTS if not names or variant.name in {*names, BASELINE}]
 
 
 def calibrate_sites(
@@ -256,7 +256,7 @@ def steps_of(
 ) -> list[Step]:
     """Every variant at all `bits`; each plan of mixed ones with `FULL`, as is that of the whole bits below its mean."""
     steps = [Step(variant, b, plans[b]) for b in bits for variant in variants]
-    (full,) = pick_variants([FULL])
+    full = next(variant for variant in VARIANTS if variant.name == FULL)
     for mean, plan in mixed.items():
         below = Step(full, int(mean), plans[int(mean)])
         steps += [*([] if below in steps else [below]), Step(full, mean, plan, uniform=False)]

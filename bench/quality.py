@@ -42,13 +42,13 @@ def tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
     mixed = [
         (f"{result['model']} at a mean of {b} bits, {where}", MIXED, mixed_table(result, b)) for b in means(result)
     ]
-    return [entry for entry in found if len(entry[2]) > 1] + mixed
+    return found + mixed
 
 
 def table(result: Result, bits: int) -> list[list[str]]:
     """Rows for people, of the original and of all variants at `bits`, the same in all layers."""
     rows = [row for row in result["rows"] if row["uniform"] and row["bits"] in (0, bits)]
-    baseline = next((row["kl_divergence"] for row in rows if row["variant"] == ablate.BASELINE), None)
+    baseline = next(row["kl_divergence"] for row in rows if row["variant"] == ablate.BASELINE)
     return [_cells(row, row["variant"], baseline if row["bits"] else None) for row in rows]
 
 
@@ -75,8 +75,8 @@ def _cells(row: dict[str, Any], name: str, baseline: float | None) -> list[str]:
 
 
 def widths(result: Result) -> list[int]:
-    """The uniform bits that were measured, in the order they were."""
-    return list(dict.fromkeys(row["bits"] for row in result["rows"] if row["bits"] and row["uniform"]))
+    """The uniform bits at which there is a baseline, in the order they were measured."""
+    return [row["bits"] for row in result["rows"] if row["variant"] == ablate.BASELINE]
 
 
 def means(result: Result) -> list[float]:
@@ -91,9 +91,9 @@ def command(result: Result) -> str:
     words += ["--windows", result["calibration_windows"], "--text", result["text"], "--window", scored["window"]]
     words += ["--limit", scored["windows"], *(word for bits in widths(result) for word in ("--bits", bits))]
     words += [word for mean in means(result) for word in ("--target-bits", mean)]
-    named = list(dict.fromkeys(row["variant"] for row in result["rows"] if row["bits"] and row["uniform"]))
+    named = [row["variant"] for row in result["rows"] if row["bits"] == widths(result)[0]]
     if len(named) < len(ablate.VARIANTS):
-        words += [word for name in named for word in ("--variant", name)]
+        words += [word for name in named if name != ablate.BASELINE for word in ("--variant", name)]
     words += ["--dtype", result["dtype"], *(["--device", "cpu"] if result["gpu"] == "CPU" else [])]
     return shlex.join(map(str, words))
 
@@ -138,7 +138,8 @@ def _section(result: Result, path: Path, base: Path) -> str:
 
 
 def _markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in (columns, *rows)]
+    return [lines[0], "|---" * len(columns) + "|", *lines[1:]]
 
 
 def chart(result: Result) -> Any:

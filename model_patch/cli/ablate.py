@@ -32,7 +32,8 @@ def ablate(
     text: Annotated[Path, typer.Option(metavar="FILE", help="The text to score.", show_default=False)],
     bits: Annotated[list[int] | None, typer.Option(help="Bits a weight; repeatable; 5, 4 and 3 by default.")] = None,
     variant: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A row of the table; repeatable, all by default.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A row of the table beside the baseline; repeatable, all by default."),
     ] = None,
     target_bits: Annotated[
         list[float] | None,

@@ -30,7 +30,7 @@ class ExpertSites:
 
     def _watch_output(self, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         def keep(gradient: torch.Tensor) -> None:
-            self._gradient = gradient.flatten(0, -2)
+            self._gradient = gradient.flatten(0, -2).clone()  # autograd may go on to add to it
 
         if out.requires_grad:
             self._read = tuple(arg.detach() for arg in args)
