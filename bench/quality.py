@@ -105,6 +105,13 @@ def document(results: Sequence[Path], out: Path) -> None:
     write_whole(out, "\n".join(parts).encode())
 
 
+# SHA-256 of a text -> where a reader finds it.
+_TOKENISED = "`{}` of the tokenised WikiText-2 (`wikitext-2-v1`; on the Hub in `Salesforce/wikitext`, CC BY-SA)"
+_ORIGINS = {
+    "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0": _TOKENISED.format("wiki.test.tokens"),
+    "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8": _TOKENISED.format("wiki.valid.tokens"),
+}
+
 _INTRODUCTION = f"""# Quality
 
 Made by `polar ablate` and `bench/quality.py` from its results; do not edit. Every linear layer and the head are
@@ -118,6 +125,11 @@ standard error of one perplexity says.
 """
 
 
+def _text_to_bring(result: Result, role: str) -> str:
+    digest = result[f"{role}_sha256"]
+    return f"- `{result[role]}`: {_ORIGINS.get(digest, 'a text of its own')}, SHA-256 `{digest}`"
+
+
 def _section(result: Result, path: Path, base: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     scored = result["rows"][0]
@@ -128,6 +140,9 @@ def _section(result: Result, path: Path, base: Path) -> str:
         f"{scored['stride']}, {scored['tokens']} tokens scored; calibrated on {result['calibration_windows']} windows "
         f"of 512 tokens of {result['calibration']}:\n",
         f"    {command(result)}\n",
+        "The command wants two texts beside it, which do not come with this package:\n",
+        *(_text_to_bring(result, role) for role in ("calibration", "text")),
+        "",
         f"![Mean KL divergence over the baseline's]({report.relative_link(path.with_suffix('.png'), base)})",
     ]
     for bits in widths(result):

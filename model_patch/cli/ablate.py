@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from model_patch.checkpoint.fingerprint import file_digest
 from model_patch.cli.options import (
     AsJson,
     Device,
@@ -81,7 +82,9 @@ def ablate(
         target,
         model=source.resolve().name if Path(model).is_dir() else model,
         text=text.name,
+        text_sha256=file_digest(text),
         calibration=calibration.name,
+        calibration_sha256=file_digest(calibration),
         calibration_windows=len(batch),
         dtype=dtype,
     )

@@ -38,10 +38,9 @@ def _settle_kernel(
         unit = target / tl.where(scale > 0, scale, 1.0)
         code = tl.zeros((ROWS,), tl.int32)
         for bit in tl.static_range(BITS):  # the number of midpoints below, by halves
-            step: tl.constexpr = 1 << (BITS - 1 - bit)
-            lower = tl.load(table_ptr + code + step - 1)
-            upper = tl.load(table_ptr + code + step)
-            code += tl.where(unit > (lower + upper) / 2, step, 0)
+            middle = table_ptr + code + (1 << (BITS - 1 - bit))
+            above = unit > (tl.load(middle - 1) + tl.load(middle)) / 2
+            code += tl.where(above, 1 << (BITS - 1 - bit), 0)
         before = target
         if HAS_BEFORE:
             before = tl.load(before_ptr + j * N + row, mask=known, other=0.0)
