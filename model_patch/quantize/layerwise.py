@@ -16,7 +16,7 @@ from model_patch.architectures import canonical
 from model_patch.checkpoint.reader import Checkpoint
 from model_patch.quantize.storage import roomy_empty
 
-_TOKENS = 8192  # that a layer is run on at a time
+_TOKENS, _ELEMENTS = 1 << 15, 1 << 25  # at most, of what a layer is run on at a time
 _LOGIT_BYTES = 1 << 30  # of the head's fp32 logits at a time, of which running backwards holds a few
 
 Told = Callable[[int], None]  # called with the number of windows after each batch of them
@@ -32,7 +32,7 @@ class LayerwiseRun:
         self._norm, self._head, self._embedding = decoder.norm, model.get_output_embeddings(), decoder.embed_tokens
         self.device = self._head.weight.device
         count, window = windows.shape
-        self._batches = _spans(count, _TOKENS // window)
+        self._batches = _spans(count, min(_TOKENS, _ELEMENTS // self._embedding.weight.shape[1]) // window)
         self._head_batches = _spans(count, _LOGIT_BYTES // (4 * window * self._head.weight.shape[0]))
         self._arguments: dict[int, list[dict[str, Any]]] = {}
 

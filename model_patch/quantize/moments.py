@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from model_patch.architectures import Kind, canonical, kind_of
 from model_patch.checkpoint.reader import Checkpoint
+from model_patch.errors import CheckpointError
 from model_patch.progress import Progress, no_progress
 from model_patch.quantize.expert_moments import ExpertSites
 from model_patch.quantize.layerwise import LayerwiseRun
@@ -47,7 +48,7 @@ def collect_moments(
     """From token `windows` [W, T] run forth and back through the whole model.
 
     sites: site -> names of the layers that read it. checkpoint: where layers on the meta device are read from. progress
-    counts windows through layers, forth and back.
+    counts windows through layers, forth and back. Raises CheckpointError for predictions with NaN.
     """
     run = LayerwiseRun(model, windows, checkpoint)
     watched = _watched_sites(model, sites)
@@ -58,7 +59,10 @@ def collect_moments(
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
         logits = logits.float()
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)[:, 0]
+        probabilities = logits.detach().softmax(-1)
+        if probabilities.isnan().any():  # which multinomial would abort on
+            raise CheckpointError("model", "its predictions have NaN: NaN or infinity in the weights?")
+        drawn = torch.multinomial(probabilities, 1, generator=draw)[:, 0]
         return F.cross_entropy(logits, drawn, reduction="sum")
 
     def after(_: int) -> None:

@@ -136,7 +136,7 @@ def test_a_loss_is_that_of_the_part_alone(zoo: Any, tiny: Path) -> None:
             weight = changed.get_submodule(name).weight
             weight.data.copy_(plan_weight(plan, name).to(weight))
         expected = evaluate(changed, batch.flatten(), window=64, reference=model).kl_divergence
-        assert losses[part] == pytest.approx(expected, rel=1e-5)
+        assert losses[part] == pytest.approx(expected, abs=1e-7)  # what keeping predictions in 16 bits costs
 
 
 def plan_weight(plan: Any, name: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from model_patch import PolarQuantConfig, demo, load_model
+from model_patch import CheckpointError, PolarQuantConfig, demo, load_model
 from model_patch.cli.app import app
 from model_patch.evaluate import evaluate, tokenize_file
 from model_patch.load import load_tokenizer
@@ -77,6 +77,14 @@ def test_hooks_go_when_it_is_interrupted(zoo: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         collect_moments(model, windows_of(model, 2), SITES, interrupt)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_weight_with_nan(zoo: Any) -> None:
+    model = load_model(zoo.checkpoint("qwen3"), device=zoo.device, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_submodule(UP).weight[3, 4] = torch.nan
+    with pytest.raises(CheckpointError, match="its predictions have NaN: NaN or infinity in the weights"):
+        collect_moments(model, windows_of(model, 1), SITES)
 
 
 @pytest.mark.parametrize("awq", [False, True])
