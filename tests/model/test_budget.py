@@ -201,7 +201,7 @@ def test_a_dry_run_predicts_what_is_written(tiny: Path, tmp_path: Path) -> None:
     result = run(*args)
     assert result.exit_code == 0, result.output
     predicted, done = json.loads(dry.stdout), json.loads(result.stdout)
-    assert predicted | {"out": done["out"]} == done
+    assert predicted | {"out": done["out"], "peak_bytes": done["peak_bytes"]} == done
     assert done["bytes_after"] <= 1_200_000
     written = Checkpoint.open(tmp_path / "out")
     assert sum(info.nbytes for info in written.tensors.values()) == done["bytes_after"]
