@@ -7,7 +7,7 @@ import torch
 
 from model_patch.errors import OutputError
 
-_SHARE = 0.5  # of what is free, that one more tensor may take
+_LEFT_FREE = 0.5  # of all memory: what is kept must leave room for the work
 
 
 def free_memory(device: torch.device) -> int:
@@ -22,15 +22,22 @@ def free_memory(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes, free or not."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def roomy_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised tensor: on `device` where it takes at most half of what is free there, else on the host
-    likewise, else in a file in the folder for temporary ones (TMPDIR), which goes with the tensor.
+    """An uninitialised tensor: on `device` where half of its memory stays free, else on the host likewise, else in a
+    file in the folder for temporary ones (TMPDIR), which goes with the tensor.
 
     Raises OutputError when the file has no room either.
     """
     size = torch.Size(shape).numel() * dtype.itemsize
     for place in (device, torch.device("cpu")):
-        if size <= _SHARE * free_memory(place):
+        if free_memory(place) - size >= _LEFT_FREE * total_memory(place):
             return torch.empty(shape, dtype=dtype, device=place)
     return _mapped(shape, dtype, size)
 
