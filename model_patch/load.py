@@ -58,14 +58,14 @@ def find_checkpoint(source: str | Path) -> Path:
         raise CheckpointError(source, f"no such folder, and the Hub did not give it: {_reason(error)}") from error
 
 
-def find_headers(source: str | Path) -> tuple[Path, Checkpoint]:
+def find_headers(source: str | Path, revision: str | None = None) -> tuple[Path, Checkpoint]:
     """A folder with the checkpoint's config.json, and its tensors' headers; of a Hub name no weight is downloaded."""
     folder = Path(source)
     if folder.is_dir():
         return folder, Checkpoint.open(folder)
     try:
-        config = hf_hub_download(str(source), "config.json")
-        headers = get_safetensors_metadata(str(source))
+        config = hf_hub_download(str(source), "config.json", revision=revision)
+        headers = get_safetensors_metadata(str(source), revision=revision)
     except HFValidationError as error:
         raise CheckpointError(source, "no such folder, and not the name of a model on the Hub") from error
     except _HUB_ERRORS as error:

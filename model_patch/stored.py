@@ -16,12 +16,14 @@ from polar_kernels import PolarError, PolarWeight
 
 @dataclass(frozen=True)
 class StoredLayers:
-    """bits: layer name in the checkpoint -> bits; shapes: -> that of its dense weight."""
+    """bits: layer name in the checkpoint -> bits; shapes: -> that of its dense weight; tied_head: name of the head that
+    shares the embedding's tensors, or None."""
 
     checkpoint: Checkpoint
     bits: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
     tables: dict[int, torch.Tensor]
+    tied_head: str | None
 
     def read(self, layer: str, device: torch.device | str = "cpu") -> PolarWeight:
         """One layer's stored weight; experts [E, N, K] as one of [E * N, K].
@@ -37,12 +39,15 @@ class StoredLayers:
             raise CheckpointError(self.checkpoint.where, f"{layer}: {error}") from error
 
 
-def open_quantized(folder: Path) -> StoredLayers:
-    """Open a checkpoint of the format by its headers. Raises CheckpointError listing all that is wrong with them."""
+def open_quantized(folder: Path, checkpoint: Checkpoint | None = None) -> StoredLayers:
+    """Open a checkpoint of the format by its headers: those in `folder`, or those given.
+
+    Raises CheckpointError listing all that is wrong with them.
+    """
     config = quantization_config(read_config(folder))
     if config is None:
         raise CheckpointError(folder, "not a quantised checkpoint: config.json has no quantization_config")
-    model, checkpoint = meta_model(folder), Checkpoint.open(folder)
+    model, checkpoint = meta_model(folder), checkpoint or Checkpoint.open(folder)
     plan = plan_model(model, config)
     shapes = {name: tuple(model.get_parameter(weight_name(name)).shape) for name in plan.bits}
     swap_to_empty(model, plan, config.awq)
@@ -56,4 +61,5 @@ def open_quantized(folder: Path) -> StoredLayers:
         {stored[name]: bits for name, bits in plan.bits.items()},
         {stored[name]: shape for name, shape in shapes.items()},
         checkpoint.centroids(),
+        plan.tied_head,
     )

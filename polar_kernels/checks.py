@@ -132,9 +132,10 @@ def _check_routed(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: tor
         raise ArgumentError(f"top_k_index must be int32 or int64, found {top_k_index.dtype}")
     if not top_k_weights.is_floating_point():
         raise ArgumentError(f"top_k_weights must be float, found {top_k_weights.dtype}")
-    if top_k_index.dim() != 2 or len(top_k_index) != len(x) or top_k_weights.shape != top_k_index.shape:
+    tokens = x.shape[0]  # not len(x), which would fix a size that is traced as dynamic
+    if top_k_index.dim() != 2 or top_k_index.shape[0] != tokens or top_k_weights.shape != top_k_index.shape:
         found = f"{list(top_k_index.shape)} and {list(top_k_weights.shape)}"
-        raise ArgumentError(f"top_k_index and top_k_weights must both be [{len(x)}, k], found {found}")
+        raise ArgumentError(f"top_k_index and top_k_weights must both be [{tokens}, k], found {found}")
     for name, part in (("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
         _check_device(name, part, x.device)
 

@@ -100,4 +100,4 @@ class TiedPolarHead(nn.Module):
         return self._shared[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.embedding._multiply(x, None)
+        return self.embedding.multiply(x, None)

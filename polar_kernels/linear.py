@@ -70,7 +70,7 @@ class PolarLinear(PolarModule):
 
     def multiply_alone(self, x: torch.Tensor) -> torch.Tensor:
         """The product whether or not the layer is in a group."""
-        return self._multiply(x, self.bias)
+        return self.multiply(x, self.bias)
 
     def join(self, group: PolarGroup, index: int) -> None:
         """Become member `index` of a group. Raises ArgumentError for a layer that is in one already."""

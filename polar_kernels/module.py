@@ -109,7 +109,7 @@ class PolarModule(nn.Module):
 
         return supports(self.centroids.device) and (self.tiles is not None or is_tileable(self.centroids))
 
-    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [..., columns] times the transposed weight, plus bias: [..., rows] in x's dtype, under autocast in its."""
         x = cast_for_autocast(x)
         if self.tiles is not None:

@@ -177,6 +177,15 @@ def test_a_gradient_is_refused(build) -> None:
         out.sum().backward()
 
 
+def test_the_number_of_tokens_may_be_dynamic(build) -> None:
+    torch.compiler.reset()
+    given = build()
+    for part in given[:3]:
+        torch._dynamo.mark_dynamic(part, 0)  # an error where it is specialised
+    compiled = torch.compile(lambda *args: ops.experts(*args) * 2, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*given), ops.experts(*given) * 2)
+
+
 def test_compiles_in_one_graph(build) -> None:
     given = build()
     compiled = torch.compile(lambda *args: ops.experts(*args) * 2, backend="aot_eager", fullgraph=True)

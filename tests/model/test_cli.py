@@ -799,15 +799,17 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], Non
         config = shutil.copy(folder / "config.json", tmp_path / "cache")
         headers = _hub_headers(folder)
         monkeypatch.setattr("model_patch.load.hf_hub_download", _by_name(str(config)))
-        monkeypatch.setattr("model_patch.load.get_safetensors_metadata", lambda name: headers if name == NAME else None)
+        monkeypatch.setattr(
+            "model_patch.load.get_safetensors_metadata", lambda name, revision: headers if name == NAME else None
+        )
         monkeypatch.setattr("model_patch.load.snapshot_download", _forbidden)
 
     return serve
 
 
-def _by_name(config: str) -> Callable[[str, str], str]:
-    def download(name: str, file: str) -> str:
-        assert (name, file) == (NAME, "config.json")
+def _by_name(config: str) -> Callable[..., str]:
+    def download(name: str, file: str, revision: str | None) -> str:
+        assert (name, file, revision) == (NAME, "config.json", None)
         return config
 
     return download
