@@ -29,8 +29,9 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(result: Result, folder: Path) -> Path:
-    """Write JSON and chart; returns the JSON's path."""
-    path = report.write_json(result, folder, f"quality-{result['model'].rpartition('/')[-1]}")
+    """Write JSON and chart, named by the model and the windows that were scored; returns the JSON's path."""
+    name = result["model"].rpartition("/")[-1]
+    path = report.write_json(result, folder, f"quality-{name}-{result['rows'][0]['windows']}-windows")
     chart(result).savefig(path.with_suffix(".png"), dpi=120)
     return path
 
@@ -134,7 +135,7 @@ def _section(result: Result, path: Path, base: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     scored = result["rows"][0]
     lines = [
-        f"\n## {result['model']}\n",
+        f"\n## {result['model']}, {scored['windows']} windows\n",
         f"{versions}, {result['gpu']}, {result['dtype']} arithmetic, commit {result['commit']}, {result['date']}.",
         f"Evaluated on {scored['windows']} windows of {scored['window']} tokens of {result['text']}, stride "
         f"{scored['stride']}, {scored['tokens']} tokens scored; calibrated on {result['calibration_windows']} windows "
