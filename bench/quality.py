@@ -29,8 +29,9 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(result: Result, folder: Path) -> Path:
-    """Write JSON and chart; returns the JSON's path."""
-    path = report.write_json(result, folder, f"quality-{result['model'].rpartition('/')[-1]}")
+    """Write JSON and chart, named by the model and the windows that were scored; returns the JSON's path."""
+    name = result["model"].rpartition("/")[-1]
+    path = report.write_json(result, folder, f"quality-{name}-{result['rows'][0]['windows']}-windows")
     chart(result).savefig(path.with_suffix(".png"), dpi=120)
     return path
 
@@ -105,6 +106,12 @@ def document(results: Sequence[Path], out: Path) -> None:
     write_whole(out, "\n".join(parts).encode())
 
 
+# Model -> what it is.
+_MODELS = {
+    "docs-qwen3_5-tiny": "the embedded model, the folder `model_patch/demo/model`, under this name",
+    "docs-qwen3_5-moe-tiny": "a mixture of 16 experts, 10 M weights, trained on the same texts as the embedded model",
+}
+
 # SHA-256 of a text -> where a reader finds it.
 _TOKENISED = "`{}` of the tokenised WikiText-2 (`wikitext-2-v1`; on the Hub in `Salesforce/wikitext`, CC BY-SA)"
 _ORIGINS = {
@@ -134,13 +141,14 @@ def _section(result: Result, path: Path, base: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     scored = result["rows"][0]
     lines = [
-        f"\n## {result['model']}\n",
+        f"\n## {result['model']}, {scored['windows']} windows\n",
         f"{versions}, {result['gpu']}, {result['dtype']} arithmetic, commit {result['commit']}, {result['date']}.",
         f"Evaluated on {scored['windows']} windows of {scored['window']} tokens of {result['text']}, stride "
         f"{scored['stride']}, {scored['tokens']} tokens scored; calibrated on {result['calibration_windows']} windows "
         f"of 512 tokens of {result['calibration']}:\n",
         f"    {command(result)}\n",
-        "The command wants two texts beside it, which do not come with this package:\n",
+        "What the command wants beside it, of which only the embedded model comes with this package:\n",
+        f"- `{result['model']}`: {_MODELS.get(result['model'], 'the checkpoint of that name')}",
         *(_text_to_bring(result, role) for role in ("calibration", "text")),
         "",
         f"![Mean KL divergence over the baseline's]({report.relative_link(path.with_suffix('.png'), base)})",

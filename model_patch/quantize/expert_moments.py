@@ -71,9 +71,10 @@ class ExpertSites:
     def add_to(self, found: Moments) -> None:
         rare = [expert for expert, tokens in enumerate(self._tokens) if tokens < EXPERT_ROWS]
         for projection, site in self._sites.items():
-            totals = self._totals[projection]
+            totals = self._totals.pop(projection)
             of_all = torch.stack(totals).sum(0)
             own = [of_all if expert in rare else total for expert, total in enumerate(totals)]
             found.of_site[site] = kept(torch.stack(own) if len(own) > 1 else own[0])
+        self._totals.clear()  # of a projection that is not quantised
         if rare:
             found.rare_experts[self._name] = rare

@@ -31,7 +31,8 @@ class Site(Protocol):
         """To be called when windows of so many tokens have gone back through some layer; returns how many have gone
         through these modules."""
 
-    def add_to(self, found: Moments) -> None: ...
+    def add_to(self, found: Moments) -> None:
+        """To be called once, when all windows have gone through: what was summed up is then dropped."""
 
 
 def weighted_moments(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -80,3 +81,4 @@ class LinearSite:
 
     def add_to(self, found: Moments) -> None:
         found.of_site[self._site] = kept(torch.as_tensor(self._total))
+        self._total = 0.0

@@ -255,15 +255,15 @@ def test_command(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     result = run(tiny, *sizes, "--out", out, "--document", doc, "--json")
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
-    assert json.loads((out / "quality-tiny.json").read_text()) == printed
+    assert json.loads((out / "quality-tiny-2-windows.json").read_text()) == printed
     assert [row["variant"] for row in printed["rows"]] == ["bf16", *(v.name for v in VARIANTS), *2 * [ablate.FULL]]
     assert [row["bits"] for row in printed["rows"]] == [0, *(3 for _ in VARIANTS), 4, 4.5]
     assert [row["bits_per_weight"] for row in printed["rows"][-2:]] == [4.125, pytest.approx(4.62, abs=0.01)]
     assert {(row["windows"], row["window"], row["tokens"]) for row in printed["rows"]} == {(2, 64, 2 * 63)}
     assert all(math.isfinite(row["kl_divergence"]) for row in printed["rows"])
-    assert (out / "quality-tiny.png").stat().st_size > 1000
+    assert (out / "quality-tiny-2-windows.png").stat().st_size > 1000
     text = doc.read_text()
-    assert "(../results/quality-tiny.png)" in text
+    assert "(../results/quality-tiny-2-windows.png)" in text
     assert "Evaluated on 2 windows of 64 tokens of wikitext2.test.excerpt.txt, stride 64, 126 tokens scored" in text
     assert "calibrated on 1 windows of 512 tokens of wikitext2.valid.excerpt.txt" in text
     assert "### 3 bits" in text
@@ -311,7 +311,7 @@ def test_a_model_of_the_hub_is_named_as_there(tiny: Path, tmp_path: Path, monkey
     result = run("Someone/Some-1B", *only, "--window", 64, "--limit", 1, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     (path,) = tmp_path.glob("*.json")
-    assert path.name == "quality-Some-1B.json"
+    assert path.name == "quality-Some-1B-1-windows.json"
     assert quality.command(json.loads(path.read_text())).startswith("polar ablate Someone/Some-1B --calibration ")
 
 

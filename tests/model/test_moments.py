@@ -1,5 +1,6 @@
 """Moments of a site's inputs, weighted by the gradients of the model's own predictions, and what they are good for."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,21 @@ def test_hooks_go_when_it_is_interrupted(zoo: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         collect_moments(model, windows_of(model, 2), SITES, interrupt)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_sums_go_when_a_layer_is_done(zoo: Any) -> None:
+    """Or those of all layers, in fp64, would be on the device at the end."""
+    source = zoo.checkpoint("qwen3_moe")
+    model = load_model(source, device=zoo.device, dtype=torch.float32)
+    sites = plan_checkpoint(source, PolarQuantConfig(), awq=False).layers.sites()
+
+    def sums() -> int:
+        gc.collect()
+        return sum(type(found) is torch.Tensor and found.dtype == torch.float64 for found in gc.get_objects())
+
+    before, during = sums(), []
+    collect_moments(model, windows_of(model, 2), sites, lambda done, total, what: during.append(sums() - before))
+    assert during == [0, 0, 0, 0]  # forwards; the last layer is done, and the first
 
 
 def test_a_weight_with_nan(zoo: Any) -> None:
