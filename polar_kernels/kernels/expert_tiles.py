@@ -38,7 +38,7 @@ def load_x(x_ptr, row, blocks, block, q, EXACT: tl.constexpr):
 @triton.jit
 def load_scale(meta_ptr, rows, row, block):
     """(base, scale) of one block of a row of x; meta_ptr: int64."""
-    word = tl.load(meta_ptr + block.to(tl.int64) * rows + row)
+    word = tl.load(meta_ptr + block * rows + row)
     return as_float(word.to(tl.int32)), as_float((word >> 32).to(tl.int32))
 
 

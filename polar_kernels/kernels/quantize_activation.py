@@ -145,7 +145,7 @@ def _quantize_grouped_kernel(
     gdc_launch_dependents()
     word, base, scale = _quantize(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES, GATED)
     for copy in range(copies):
-        place = tl.load(places_ptr + row * copies + copy).to(tl.int64)
+        place = tl.load(places_ptr + row * copies + copy + lane * 0).to(tl.int64)
         out = out_ptr + (place // 64 * blocks + block) * _CHUNK
         _store_in_chunk(out, place % 64, lane, word, base, scale, (block < blocks) & (place >= 0), 64)
 
