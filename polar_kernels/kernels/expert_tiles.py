@@ -13,7 +13,7 @@ _FP16_LEVELS, _BF16_LEVELS = tl.constexpr(FP16_LEVELS), tl.constexpr(BF16_LEVELS
 
 
 @triton.jit
-def load_levels(table_ptr, thread, EXACT: tl.constexpr, DTYPE: tl.constexpr):
+def load_table(table_ptr, thread, EXACT: tl.constexpr, DTYPE: tl.constexpr):
     """The table a thread decodes with: bytes, or the low and the high bytes of levels in DTYPE."""
     if EXACT:
         LEVELS: tl.constexpr = _BF16_LEVELS if tl.bfloat16 == DTYPE else _FP16_LEVELS

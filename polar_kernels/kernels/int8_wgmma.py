@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from polar_kernels.kernels.decode_int8 import decode_half_tile
 from polar_kernels.kernels.ptx import load_cached, wait_for_previous_kernel
-from polar_kernels.kernels.quantize_activation import quantize_chunks
+from polar_kernels.kernels.quantize_chunks import quantize_chunks
 from polar_kernels.kernels.ring import (
     CHUNK_BYTES,
     add_scaled,

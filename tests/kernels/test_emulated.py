@@ -17,6 +17,7 @@ from polar_kernels.kernels import (
     expert_wgmma,
     ptx,
     quantize_activation,
+    quantize_chunks,
     rotate_activation,
     tiled_experts,
 )
@@ -180,7 +181,7 @@ class Emulator:
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ptx.tl, "inline_asm_elementwise", Emulator())
-    for module in (quantize_activation, rotate_activation, tiled_experts):
+    for module in (quantize_activation, quantize_chunks, rotate_activation, tiled_experts):
         for name in ("gdc_wait", "gdc_launch_dependents"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, lambda: None)
