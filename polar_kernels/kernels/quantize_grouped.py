@@ -43,15 +43,15 @@ def _quantize_grouped_kernel(
     word, half, scale = quantize_block(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES, GATED)
     half = tl.where(inside, half, 0.0)
     for copy in range(copies):
-        place = tl.load(places_ptr + row * copies + copy).to(tl.int64)
+        place = tl.load(places_ptr + row * copies + copy + lane * 0).to(tl.int64)
         keep = place >= 0
         out = out_ptr + (place // _ROWS * blocks + block) * _CHUNK
         own = place % _ROWS
         # As in `quantize_chunks`: column 32 s + 8 q + 4 r + i, of lane 8 s + 2 q + r.
         position = own * 32 + (lane // 8 * 2 + lane % 2 ^ own % 8) * 4 + lane // 2 % 4
-        tl.store(out + position, word, mask=keep & inside)
-        tl.store(out + _ROWS * 32 + own, scale.to(tl.int32, bitcast=True), mask=keep & inside & (lane == 0))
-        kept = keep & (block < stride) & (lane == 0)
+        tl.store(out + position, word, mask=inside & keep)
+        tl.store(out + _ROWS * 32 + own, scale.to(tl.int32, bitcast=True), mask=inside & keep & (lane == 0))
+        kept = (block < stride) & (lane == 0) & keep
         tl.store(halves_ptr + place * stride + block, half.to(tl.bfloat16), mask=kept)
 
 

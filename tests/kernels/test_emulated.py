@@ -15,15 +15,18 @@ from polar_kernels import reference
 from polar_kernels.kernels import (
     expert_pairs,
     expert_wgmma,
+    int8_wgmma,
     ptx,
     quantize_activation,
     quantize_chunks,
+    quantize_grouped,
     rotate_activation,
     tiled_experts,
 )
 from polar_kernels.kernels.exact_matmul import exact_linear
 from polar_kernels.kernels.int8_matmul import int8_linear
-from polar_kernels.kernels.ring import CHUNK_BYTES
+from polar_kernels.kernels.ring import chunk_words
+from polar_kernels.kernels.wgmma_forms import FORMS, Form
 from polar_kernels.packing import unpack_codes
 from polar_kernels.tiles import half_integer_levels, level_table, tile_weight, untile_weight
 
@@ -85,6 +88,10 @@ def _multiply(kind: str, a: list[Words], b: list[Words], c: list[Words]) -> list
     return [_words(_floats(words) + sums) for words, sums in zip(c, added, strict=True)]
 
 
+def _add_bytes(a: Words, b: Words, c: Words) -> Words:
+    return ((_unpack(a, "s8") * _unpack(b, "s8")).sum(1) + c.view(np.int32)).astype(np.int32).view(np.uint32)
+
+
 INSTRUCTIONS: dict[str, Callable[..., Words]] = {
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
@@ -94,6 +101,10 @@ INSTRUCTIONS: dict[str, Callable[..., Words]] = {
     "mov.b32": lambda a: a,
     "mov.u32": lambda a: a,
     "sub.u32": lambda a, b: a - b,
+    "add.s32": lambda a, b: a + b,
+    "mul.lo.u32": lambda a, b: a * b,
+    "dp4a.s32.s32": _add_bytes,
+    "setp.ne.u32": lambda a, b: a != b,
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "prmt.b32": _permute,
     "lop3.b32": _look_up_bits,
@@ -116,7 +127,7 @@ class Emulator:
     reads."""
 
     def __init__(self) -> None:
-        self.shared, self.places = np.zeros(1 << 14, np.uint32), dict[str, int]()
+        self.shared, self.places = np.zeros(1 << 15, np.uint32), dict[str, int]()
 
     def __call__(self, asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any, **_: Any) -> Any:
         plain = [getattr(x, "value", x) for x in (asm, *args)]
@@ -164,8 +175,13 @@ class Emulator:
         elif name.startswith("ld.global"):
             read = [ctypes.string_at(int(at), 4 * len(lists[0])) for at in self._address(operands[1])]
             self._set(lists[0], np.stack([np.frombuffer(part, np.uint32) for part in read], 1))
+        elif name == "@p":
+            self._store_global(*re.findall(r"\[[^\]]*\]|\{[^}]*\}", rest))
+        elif name.startswith("stmatrix"):
+            self._store_transposed(self._address(operands[0]), lists[1])
         elif name.startswith("ld.shared"):
-            self._set(lists[0], [self.shared[self._address(operands[1]) // 4]])
+            first = self._address(operands[1]) // 4
+            self._set(lists[0], [self.shared[first + i] for i in range(len(lists[0]))])
         elif name.startswith("st.shared"):
             self.shared[self._address(operands[0]) // 4] = self._get(operands[1])
         elif name.startswith("shfl.sync.bfly"):
@@ -174,6 +190,20 @@ class Emulator:
         else:
             self._set(lists[0], [INSTRUCTIONS[name](*map(self._get, operands[1:]))])
 
+    def _store_global(self, address: str, names: str) -> None:
+        words = np.stack([self._get(name) for name in re.findall(r"[^\s,{}]+", names)], 1)
+        for thread in np.flatnonzero(self.registers["p"]):
+            ctypes.memmove(int(self._address(address)[thread]), words[thread].tobytes(), words[thread].nbytes)
+
+    def _store_transposed(self, address: np.ndarray, names: list[str]) -> None:
+        """stmatrix.x4.trans: lane 8 m + r has the address of row r of matrix m, lane 4 c + r // 2 its elements in
+        column c."""
+        memory = self.shared.view(np.uint16)
+        for matrix, name in enumerate(names):
+            values = self._get(name).view(np.uint16).reshape(-1, 8, 8)  # [warp, c, r]
+            rows = address.reshape(-1, 4, 8)[:, matrix] // 2
+            memory[rows[:, :, None] + np.arange(8)] = values.transpose(0, 2, 1)
+
     def _set(self, names: list[str], values: Any) -> None:
         self.registers.update(zip(names, values, strict=True))
 
@@ -181,7 +211,14 @@ class Emulator:
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ptx.tl, "inline_asm_elementwise", Emulator())
-    for module in (quantize_activation, quantize_chunks, rotate_activation, tiled_experts):
+    for module in (
+        int8_wgmma,
+        quantize_activation,
+        quantize_chunks,
+        quantize_grouped,
+        rotate_activation,
+        tiled_experts,
+    ):
         for name in ("gdc_wait", "gdc_launch_dependents"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, lambda: None)
@@ -232,38 +269,70 @@ def test_experts(stack, relative_error, monkeypatch, form: str, tokens: int, bit
 
 class Bands:
     """In place of `multiply_bands`, whose instructions are out of reach here: from the chunks of x that it reads, and
-    the weight that was told, the sums it would have."""
+    the weight [rows, K] that was told, the sums it would have."""
 
-    def __init__(self, weight: tiled_experts.Tiled) -> None:
-        rows = len(weight.tiles) // (-(-weight.awq_scales.numel() // 128)) * 32
-        packed, norms = untile_weight(weight.tiles, weight.tile_norms, rows, 5)
-        positive = half_integer_levels(weight.centroids[16:])[0]
-        self.levels = torch.cat([-1 - positive.flip(0), positive])[unpack_codes(packed, 5).long()]
-        self.norms = norms.float().numpy()
+    def __init__(self, tiles: torch.Tensor, tile_norms: torch.Tensor, centroids: torch.Tensor, columns: int) -> None:
+        rows = len(tiles) // -(-columns // 128) * 32
+        packed, norms = untile_weight(tiles, tile_norms, rows, 5)
+        positive = half_integer_levels(centroids[16:])[0]
+        levels = torch.cat([-1 - positive.flip(0), positive])[unpack_codes(packed, 5).long()]
+        self.levels, self.norms = levels.double().numpy(), norms.float().numpy()
 
-    def __call__(self, tiles: Any, norms: Any, table: Any, source: Any, first: Any, count: Any, thread: Any, *_: Any):
-        start, blocks = (int(x.handle.data.reshape(-1)[0]) for x in (source, count))
-        tile, number = first.handle.data, thread.handle.data
-        row, q = tile // blocks * 32 + number // 32 % 2 * 16 + number % 32 // 4, number % 4
-        sums = np.zeros((2, len(row), 64), np.float32)
-        for block in range(blocks):
-            chunk = np.frombuffer(ctypes.string_at(start + block * CHUNK_BYTES, CHUNK_BYTES), np.uint32)
-            x, pairs = _unswizzle(chunk[:2048]), chunk[2048:].view(np.float32).reshape(64, 2)
+    def __call__(self, tiles, norms, table, x, first_chunk, first, count, thread, width, rows, products, *_: Any):
+        start, number, blocks = (int(v.handle.data.reshape(-1)[0]) for v in (x, first_chunk, count))
+        rows, products = (getattr(v, "value", v) for v in (rows, products))
+        tile, lane = first.handle.data, thread.handle.data
+        block_of_row = self.norms.shape[1]
+        row, q = tile // block_of_row * 32 + lane // 32 % 2 * 16 + lane % 32 // 4, lane % 4
+        sums = np.zeros((2, len(row), rows * products), np.float32)
+        size = 4 * chunk_words(rows)
+        for step in range(blocks * products):
+            chunk = np.frombuffer(ctypes.string_at(start + (number + step) * size, size), np.uint32)
+            x_rows, scales = _unswizzle(chunk[: rows * 32].reshape(rows, 8, 4)), chunk[rows * 32 :].view(np.float32)
+            block = tile % block_of_row + step // products
+            columns = block[:, None] * 128 + np.arange(128)
+            part = slice(step % products * rows, (step % products + 1) * rows)
             for half in range(2):
-                own = self.levels[row + 8 * half, block * 128 : block * 128 + 128].double().numpy()
-                scaled = (12582912.0 + own @ x.T) * pairs[:, 1] + pairs[:, 0]
-                sums[half] += scaled * self.norms[row + 8 * half, block, None]
-        picked = [
-            sums[half, np.arange(len(row)), 8 * i + 2 * q + e] for i in range(8) for half in (0, 1) for e in (0, 1)
-        ]
-        return tuple(as_tensor(part, tl.float32) for part in picked), as_tensor(q, tl.int32)
+                own = self.levels[row[:, None] + 8 * half, columns]
+                sums[half, :, part] += own @ x_rows.T * scales * self.norms[row + 8 * half, block, None]
+        places = range(rows * products // 8)
+        picked = [sums[half, np.arange(len(row)), 8 * i + 2 * q + e] for i in places for half in (0, 1) for e in (0, 1)]
+        tensors = tuple(as_tensor(part, tl.float32) for part in picked)
+        return tensors, as_tensor(q, tl.int32), as_tensor(np.zeros_like(q), tl.int32)
 
 
 def _unswizzle(words: np.ndarray) -> np.ndarray:
-    """The 64 rows by 128 columns of x in a chunk, whose 16 bytes (s, r) of a row lie at (s, r) ^ row % 8."""
-    units = words.reshape(64, 8, 4).view(np.int8).reshape(64, 8, 4, 4)
-    in_order = np.stack([units[row, np.arange(8) ^ row % 8] for row in range(64)])
-    return in_order.reshape(64, 4, 2, 4, 4).transpose(0, 1, 3, 2, 4).reshape(64, 128).astype(np.float64)
+    """The rows by 128 columns of x in a chunk, whose 16 bytes (s, r) of a row lie at (s, r) ^ row % 8."""
+    units = words.view(np.int8).reshape(-1, 8, 4, 4)
+    in_order = np.stack([row[np.arange(8) ^ i % 8] for i, row in enumerate(units)])
+    return in_order.reshape(-1, 4, 2, 4, 4).transpose(0, 1, 3, 2, 4).reshape(-1, 128).astype(np.float64)
+
+
+@pytest.mark.parametrize(
+    ("form", "x_rows", "rows", "columns", "split_blocks"),
+    [
+        (FORMS[0], 67, 70, 128, 8),  # two programs of rows
+        (FORMS[1], 9, 72, 1160, 16),
+        (FORMS[2], 9, 136, 1160, 8),  # two programs of columns, and two that share K
+        (FORMS[3], 9, 72, 256, 8),
+    ],
+)
+def test_product_of_many_rows(
+    random_weight, relative_error, monkeypatch, form: Form, x_rows: int, rows: int, columns: int, split_blocks: int
+) -> None:
+    """But for what `multiply_bands` does: the chunks, the halves, and how results are stored."""
+    packed, norms, scales, centroids = random_weight(rows, columns, 5)
+    tiles, tile_norms = tile_weight(packed, norms, 5)
+    monkeypatch.setattr(int8_wgmma, "multiply_bands", Bands(tiles, tile_norms, centroids, columns))
+    monkeypatch.setattr(int8_wgmma, "_multiprocessors", lambda device: 132)
+    x, bias = torch.randn(x_rows, columns).half(), torch.randn(rows)
+    x[1, 3] = torch.nan
+    own = (tiles, tile_norms, scales, level_table(centroids), bias, rows)
+    y = int8_wgmma.int8_wgmma_linear(x, *own, (form, split_blocks))
+    exact = reference.linear(x.double(), packed, norms, scales, centroids, bias)
+    sound = torch.arange(len(x)) != 1
+    assert y[1].isnan().all()
+    assert relative_error(y[sound], exact[sound]) < 0.02
 
 
 def test_groups_of_64(stack, relative_error, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,9 +343,12 @@ def test_groups_of_64(stack, relative_error, monkeypatch: pytest.MonkeyPatch) ->
     exactly = reference.experts(x.double(), index, weights, *gate_up[1], *down[1])
     index[1] = -1
 
-    def told(words: torch.Tensor, grouped: Any, out: torch.Tensor, tiles: torch.Tensor, *others: Any) -> torch.Tensor:
-        monkeypatch.setattr(expert_wgmma, "multiply_bands", Bands(gate_up[0] if tiles is gate_up[0].tiles else down[0]))
-        return product(words, grouped, out, tiles, *others)
+    def told(words: Any, halves: Any, grouped: Any, out: torch.Tensor, tiles: torch.Tensor, *others: Any) -> Any:
+        own = gate_up[0] if tiles is gate_up[0].tiles else down[0]
+        columns = H if own is gate_up[0] else MIDDLE
+        bands = Bands(own.tiles, own.tile_norms, own.centroids, columns)
+        monkeypatch.setattr(expert_wgmma, "multiply_bands", bands)
+        return product(words, halves, grouped, out, tiles, *others)
 
     product = expert_wgmma.expert_wgmma
     monkeypatch.setattr(expert_wgmma, "expert_wgmma", told)
