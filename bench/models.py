@@ -1,12 +1,13 @@
-"""Whole models: time to read a prompt and to write tokens, and the memory both take."""
+"""Whole models: time to read a prompt and to write tokens, time to load, and the memory they take."""
 
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import mean, stdev
 
 import torch
+from polar_bench.model_phases import LONG_STEPS, STEPS, finish, measure_load, measure_phase
 from polar_bench.random_model import random_model
 from polar_bench.step_profile import KindOfWork, profile_step
 from torch import nn
@@ -19,22 +20,26 @@ from model_patch.progress import Progress, no_progress
 PREFILL = (512, 2048, 8192)
 DECODE_CONTEXTS, BATCHES = (128, 2048, 8192), (1, 4, 16)
 _RUNS = 3
-_STEPS = 32  # tokens a run of decoding writes
+
+Point = tuple[str, int, int]  # phase, context, batch
 
 
 @dataclass(frozen=True)
 class ModelMeasurement:
-    """phase: prefill or decode. tokens_per_second: of the whole batch, mean over the runs; deviation: between them.
-    weight_bytes: of all parameters and buffers; read_bytes: of those that a step reads; peak_bytes: allocated on the
-    GPU at the most, None on a CPU; load_seconds: to build the model, and to accelerate it."""
+    """phase: prefill, a prompt through the model; first token, the same through `generate`; decode, the tokens that it
+    writes beyond the first; generate, a prompt and 512 tokens, with a cache for no more; load, from files that the host
+    has in memory. tokens_per_second: of the whole batch, of the prompt where none but the first token is written, mean
+    over the runs; deviation: between them; None of load. weight_bytes: of all parameters and buffers; read_bytes: of
+    those that a step reads; peak_bytes: allocated on the GPU at the most, None on a CPU; load_seconds: to build the
+    model, and to accelerate it; of load, to load it."""
 
     model: str
     provider: str
     phase: str
     context: int
     batch: int
-    tokens_per_second: float
-    deviation: float
+    tokens_per_second: float | None
+    deviation: float | None
     weight_bytes: int
     read_bytes: int
     peak_bytes: int | None
@@ -52,6 +57,43 @@ def providers(config: PreTrainedConfig, bits: int, device: torch.device, dtype: 
     }
 
 
+@dataclass
+class _Rows:
+    """What has been measured of one model."""
+
+    model: str
+    runs: int
+    total: int
+    progress: Progress
+    measured: list[ModelMeasurement] = field(default_factory=list)
+
+    def measure(self, model: PreTrainedModel, provider: str, seconds: float, points: Sequence[Point]) -> None:
+        for phase, context, batch in points:
+            rates, peak = measure_phase(model, phase, context, batch, self.runs)
+            self._add(model, provider, phase, context, batch, rates, peak, seconds)
+
+    def measure_load(self, model: PreTrainedModel, provider: str) -> None:
+        seconds, peak = measure_load(model, self.runs)
+        self._add(model, provider, "load", 0, 0, [], peak, mean(seconds))
+
+    def _add(
+        self,
+        model: PreTrainedModel,
+        provider: str,
+        phase: str,
+        context: int,
+        batch: int,
+        rates: Sequence[float],
+        peak: int | None,
+        seconds: float,
+    ) -> None:
+        rate, deviation = (mean(rates), stdev(rates)) if rates else (None, None)
+        sizes = weight_bytes(model), read_bytes(model, batch)
+        row = ModelMeasurement(self.model, provider, phase, context, batch, rate, deviation, *sizes, peak, seconds)
+        self.measured.append(row)
+        self.progress(len(self.measured), self.total, f"{provider}: {phase} {context} x {batch}")
+
+
 def run(
     name: str,
     makes: dict[str, Make],
@@ -60,41 +102,22 @@ def run(
     contexts: Sequence[int] = DECODE_CONTEXTS,
     batches: Sequence[int] = BATCHES,
     runs: int = _RUNS,
+    load: bool = False,
     profile: bool = False,
     progress: Progress = no_progress,
 ) -> tuple[list[ModelMeasurement], list[KindOfWork]]:
     """Each provider's model built, measured and freed, one by one: prompts and decoding by `generate`, as it is
-    and after `accelerate`, which groups projections too; with profile, where the time of an accelerated step goes.
+    and after `accelerate`, which groups projections too; with load, what is quantised saved and loaded as well; with
+    profile, where the time of an accelerated step goes.
 
     What cannot be measured is left out with a warning: a model that does not fit, one that accelerate does not take.
     """
-    results: list[ModelMeasurement] = []
-    works: list[KindOfWork] = []
     decoding = [("decode", context, batch) for context in contexts for batch in batches]
-    prompts = [("prefill", context, 1) for context in prefill]
-    points = prompts + decoding
-    total = 2 * len(makes) * len(points)
-
-    def measure(model: PreTrainedModel, provider: str, seconds: float) -> None:
-        for phase, context, batch in points:
-            rates, peak = _rates(model, phase, context, batch, runs)
-            results.append(
-                ModelMeasurement(
-                    name,
-                    provider,
-                    phase,
-                    context,
-                    batch,
-                    statistics.mean(rates),
-                    statistics.stdev(rates),
-                    weight_bytes(model),
-                    read_bytes(model, batch),
-                    peak,
-                    seconds,
-                )
-            )
-            progress(len(results), total, f"{provider}: {phase} {context} x {batch}")
-
+    prompts = [("prefill", context, 1) for context in sorted({*prefill, *contexts})]
+    first = [("first token", context, 1) for context in contexts]
+    total = len(makes) * (2 * len(prompts) + 2 * len(decoding) + len(first) + 1) + load
+    rows = _Rows(name, runs, total, progress)
+    works: list[KindOfWork] = []
     for provider, make in makes.items():
         started = time.perf_counter()
         try:
@@ -102,28 +125,39 @@ def run(
         except torch.OutOfMemoryError as error:
             warnings.warn(f"{provider} is left out: {str(error).splitlines()[0]}", stacklevel=2)
             continue
-        _finish(model.device)
-        measure(model, provider, time.perf_counter() - started)
-        started = time.perf_counter()
+        finish(model.device)
+        built = time.perf_counter() - started
+        rows.measure(model, provider, built, prompts + decoding)
+        if load and provider.startswith("polar"):
+            rows.measure_load(model, provider)
+        accelerated = f"{provider}, accelerated"
         try:
-            accelerate(model, max_length=max(contexts) + _STEPS, batch_size=max(batches))
+            seconds = built + _accelerate(model, min(contexts) + LONG_STEPS, 1)
+            rows.measure(model, accelerated, seconds, [("generate", min(contexts), 1)])
+            decelerate(model)
+            _accelerate(model, max(contexts) + STEPS + 1, max(batches))
+            rows.measure(model, accelerated, seconds, prompts + first + decoding)
         except UnsupportedModelError as error:
-            warnings.warn(f"{provider}, accelerated, is left out: {error}", stacklevel=2)
-            del model
-            continue
-        _finish(model.device)
-        seconds = results[-1].load_seconds + time.perf_counter() - started
-        measure(model, f"{provider}, accelerated", seconds)
-        if profile:
-            works += [work for batch in (1, max(batches)) for work in profile_step(model, provider, batch)]
-        decelerate(model)
+            warnings.warn(f"{accelerated}, is left out: {error}", stacklevel=2)
+        else:
+            if profile:
+                works += [work for batch in (1, max(batches)) for work in profile_step(model, provider, batch)]
+            decelerate(model)
         del model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return results, works
+    return rows.measured, works
 
 
-COLUMNS = ["provider", "phase", "context", "batch", "tokens/s", "GB/s", "weights", "peak", "built in"]
+def _accelerate(model: PreTrainedModel, max_length: int, batch_size: int) -> float:
+    """Seconds that it takes."""
+    started = time.perf_counter()
+    accelerate(model, max_length=max_length, batch_size=batch_size)
+    finish(model.device)
+    return time.perf_counter() - started
+
+
+COLUMNS = ["provider", "phase", "context", "batch", "tokens/s", "GB/s", "weights", "peak", "built or loaded in"]
 
 
 def table(measurements: Sequence[ModelMeasurement]) -> list[list[str]]:
@@ -132,10 +166,12 @@ def table(measurements: Sequence[ModelMeasurement]) -> list[list[str]]:
         [
             m.provider,
             m.phase,
-            str(m.context),
-            str(m.batch),
-            f"{m.tokens_per_second:.1f} +- {m.deviation:.1f}",
-            f"{m.read_bytes * m.tokens_per_second / m.batch / 1e9:.0f}" if m.phase == "decode" else "-",
+            str(m.context) if m.context else "-",
+            str(m.batch) if m.batch else "-",
+            "-" if m.tokens_per_second is None else f"{m.tokens_per_second:.1f} +- {m.deviation:.1f}",
+            f"{m.read_bytes * m.tokens_per_second / m.batch / 1e9:.0f}"
+            if m.phase == "decode" and m.tokens_per_second is not None
+            else "-",
             f"{m.weight_bytes / 1e9:.2f} GB",
             "-" if m.peak_bytes is None else f"{m.peak_bytes / 1e9:.2f} GB",
             f"{m.load_seconds:.1f} s",
@@ -164,46 +200,3 @@ def read_bytes(model: PreTrainedModel, batch: int = 1) -> int:
             left_out = (1 - model.config.num_experts_per_tok / model.config.num_experts) ** batch
             read -= round(left_out * weight_bytes(module))
     return read
-
-
-@torch.inference_mode()
-def _rates(model: PreTrainedModel, phase: str, context: int, batch: int, runs: int) -> tuple[list[float], int | None]:
-    """Tokens a second of each run after a first one that is not counted, and the most bytes allocated meanwhile."""
-    on_gpu = model.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(model.device)
-    ids = torch.randint(0, model.config.vocab_size, (batch, context), device=model.device)
-    measure = _prefill if phase == "prefill" else _decode
-    rates = [measure(model, ids) for _ in range(runs + 1)][1:]
-    return rates, torch.cuda.max_memory_allocated(model.device) if on_gpu else None
-
-
-def _prefill(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    _finish(ids.device)
-    started = time.perf_counter()
-    model(ids, use_cache=True, logits_to_keep=1)
-    _finish(ids.device)
-    return ids.numel() / (time.perf_counter() - started)
-
-
-def _decode(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    """From the time that more tokens take beyond the first, so that the prompt is not in it."""
-    seconds = _generate(model, ids, _STEPS + 1) - _generate(model, ids, 1)
-    return _STEPS * len(ids) / max(seconds, 1e-9)  # of a tiny model the noise can be more than the steps
-
-
-def _generate(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> float:
-    """Seconds of a call that writes so many."""
-    mask = torch.ones_like(ids)
-    _finish(ids.device)
-    started = time.perf_counter()
-    model.generate(
-        ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
-    )
-    _finish(ids.device)
-    return time.perf_counter() - started
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

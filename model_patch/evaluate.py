@@ -17,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from model_patch.errors import CheckpointError, ConfigError
 from model_patch.progress import Progress, no_progress
 
+_LOGIT_BYTES = 1 << 29  # of the fp32 logits of a batch of windows
+
 # Window's number, its token ids [T], how many are scored -> fp32 log-probabilities [scored, V].
 Reference = Callable[[int, torch.Tensor, int], torch.Tensor]
 
@@ -71,34 +73,40 @@ def evaluate(
     limit: int | None = None,
     convention: Convention = Convention.hugging_face,
     reference: PreTrainedModel | Reference | None = None,
+    batch_size: int = 1,
     progress: Progress = no_progress,
 ) -> Evaluation:
     """Score `tokens` [T] with `model`, and compare with `reference` if given; a last, short window is left out.
+
+    batch_size: windows that the model is run on at a time.
 
     Raises CheckpointError when the text has no whole window, ConfigError as `check_windows` does.
     """
     check_windows(convention, window, stride)
     stride = stride or window
-    starts = list(range(0, len(tokens) - window + 1, stride))[:limit]
-    if not starts:
+    windows = tokens.unfold(0, window, stride)[:limit] if len(tokens) >= window else tokens[:0]
+    if not len(windows):
         raise CheckpointError("text", f"it has {len(tokens)} tokens, fewer than one window of {window}")
     check_vocabulary(tokens, model)
     expect = model_reference(reference, tokens) if isinstance(reference, PreTrainedModel) else reference
     device = next(model.parameters()).device
     losses: list[torch.Tensor] = []
     divergences: list[torch.Tensor] = []
-    agreement = 0
-    for index, start in enumerate(starts):
-        ids = tokens[start : start + window].to(device)
+    agreement = torch.zeros((), dtype=torch.long, device=device)
+    for index in range(len(windows)):
+        if index % batch_size == 0:
+            batch = windows[index : index + batch_size].to(device)
+            outputs = model(batch, use_cache=False).logits
+        ids = batch[index % batch_size]
         scored = count_scored(convention, index, window, stride)
-        logits = log_probabilities(model, ids, scored)
+        logits = _predictions(outputs[index % batch_size], scored)
         losses.append(-logits.gather(-1, ids[-scored:, None]).squeeze(-1).double().cpu())
         if expect is not None:
             expected = _same_vocabulary(expect(index, ids, scored), logits)
             divergences.append((expected.exp() * (expected - logits)).sum(-1).cpu())
-            agreement += int((expected.argmax(-1) == logits.argmax(-1)).sum())
-        progress(index + 1, len(starts), "scoring")
-    scores = _perplexity(losses) | (_distance(torch.cat(divergences), agreement) if divergences else {})
+            agreement += (expected.argmax(-1) == logits.argmax(-1)).sum()
+        progress(index + 1, len(windows), "scoring")
+    scores = _perplexity(losses) | (_distance(torch.cat(divergences), int(agreement)) if divergences else {})
     return Evaluation(len(losses), window, stride, convention.value, sum(len(loss) for loss in losses), **scores)
 
 
@@ -121,7 +129,11 @@ def count_scored(convention: Convention, index: int, window: int, stride: int) -
 
 def log_probabilities(model: PreTrainedModel, ids: torch.Tensor, scored: int) -> torch.Tensor:
     """fp32 log-probabilities [scored, V] of the distributions that predict the window's last `scored` tokens."""
-    return model(ids[None], use_cache=False).logits[0, -scored - 1 : -1].float().log_softmax(-1)
+    return _predictions(model(ids[None], use_cache=False).logits[0], scored)
+
+
+def _predictions(logits: torch.Tensor, scored: int) -> torch.Tensor:
+    return logits[-scored - 1 : -1].float().log_softmax(-1)
 
 
 def model_reference(model: PreTrainedModel, tokens: torch.Tensor) -> Reference:
@@ -130,11 +142,22 @@ def model_reference(model: PreTrainedModel, tokens: torch.Tensor) -> Reference:
 
     def predict(_: int, ids: torch.Tensor, scored: int) -> torch.Tensor:
         found = log_probabilities(model, ids.to(model.device), scored).to(ids.device)
-        if found.isnan().any():
-            raise CheckpointError("reference", "its predictions have NaN: NaN or infinity in the weights?")
-        return found
+        return check_predictions(found)
 
     return predict
+
+
+def check_predictions(found: torch.Tensor) -> torch.Tensor:
+    """Raise CheckpointError for a reference's predictions with NaN."""
+    if found.isnan().any():
+        raise CheckpointError("reference", "its predictions have NaN: NaN or infinity in the weights?")
+    return found
+
+
+def windows_at_a_time(model: PreTrainedModel, window: int) -> int:
+    """Windows of so many tokens to run a model on: one on a CPU, as many as there is room for on a GPU."""
+    weight = model.get_output_embeddings().weight
+    return max(1, _LOGIT_BYTES // (4 * window * weight.shape[0])) if weight.is_cuda else 1
 
 
 def check_vocabulary(tokens: torch.Tensor, model: PreTrainedModel) -> None:

@@ -19,7 +19,14 @@ from model_patch.checkpoint.fingerprint import checkpoint_fingerprint, differenc
 from model_patch.checkpoint.reader import read_config
 from model_patch.checkpoint.writer import is_unfinished, write_json, write_whole
 from model_patch.errors import CheckpointError, ConfigError, OutputError
-from model_patch.evaluate import Convention, Reference, model_reference
+from model_patch.evaluate import (
+    Convention,
+    Reference,
+    check_predictions,
+    check_vocabulary,
+    model_reference,
+    windows_at_a_time,
+)
 from model_patch.load import quantization_config
 from model_patch.progress import Progress, no_progress
 from polar_kernels.module import Activation
@@ -47,12 +54,34 @@ class LogitsCache:
     def _add(self, path: Path, index: int, ids: torch.Tensor, scored: int) -> dict[str, torch.Tensor]:
         if self._compute is None:
             self._compute = model_reference(self._load(), self._tokens)
-        stored = _encode(self._compute(index, ids, scored))
+        stored = {name: tensor.cpu() for name, tensor in _encode(self._compute(index, ids, scored)).items()}
         try:
             write_whole(path, save(stored))
         except OSError as error:
             raise OutputError(f"{path}: could not be written: {error}; the windows before it are kept") from error
         return stored
+
+
+class MemoryCache:
+    """A `Reference` of windows that lie side by side, all but the first token of each scored, kept on the model's
+    device for as long as this object lives."""
+
+    def __init__(self, model: PreTrainedModel, windows: torch.Tensor) -> None:
+        """windows: [W, T], which are run now. Raises CheckpointError as a `model_reference` does."""
+        check_vocabulary(windows, model)
+        self._kept: list[dict[str, torch.Tensor]] = []
+        for batch in windows.split(windows_at_a_time(model, windows.shape[1])):
+            with torch.no_grad():
+                logits = model(batch.to(model.device), use_cache=False).logits
+            self._kept += [_encode(check_predictions(one[:-1].float().log_softmax(-1))) for one in logits]
+
+    def __call__(self, index: int, ids: torch.Tensor, scored: int) -> torch.Tensor:
+        return _decode(self._kept[index])[-scored:]
+
+
+def cache_bytes(windows: int, window: int, vocabulary: int) -> int:
+    """That the predictions of so many windows take in either cache."""
+    return windows * (window - 1) * (2 * vocabulary + 8)
 
 
 def open_cache(
@@ -113,7 +142,7 @@ def _encode(log_probabilities: torch.Tensor) -> dict[str, torch.Tensor]:
     lowest = cut.amin(-1)
     step = ((cut.amax(-1) - lowest) / (_CODES - 1)).clamp_min(torch.finfo(torch.float32).tiny)
     codes = ((cut - lowest[:, None]) / step[:, None]).round() - _CODES // 2
-    return {"codes": codes.to(torch.int16).cpu(), "lowest": lowest.cpu(), "step": step.cpu()}
+    return {"codes": codes.to(torch.int16), "lowest": lowest, "step": step}
 
 
 def _decode(stored: dict[str, torch.Tensor]) -> torch.Tensor:

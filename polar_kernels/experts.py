@@ -146,14 +146,17 @@ def quantize_experts(
     awq_scales: torch.Tensor | None = None,
     moments: torch.Tensor | None = None,
 ) -> PolarWeight:
-    """Quantise weights [E, N, K] one at a time, on their device, to one weight [E * N, K]; awq_scales and moments, of
-    all experts, and errors as `quantize_weight`'s, with the number of the expert in front."""
+    """Quantise weights [E, N, K] one at a time, on their device, to one weight [E * N, K]; awq_scales, of all experts,
+    moments, of all or [E, K, K] of each, and errors as `quantize_weight`'s, with the number of the expert in front."""
     if weight.dim() != 3 or not len(weight):
         raise ArgumentError(f"weight must be [E, N, K] with E > 0, found {list(weight.shape)}")
+    each = [moments] * len(weight) if moments is None or moments.dim() != 3 else list(moments)
+    if len(each) != len(weight):
+        raise ArgumentError(f"moments of each expert must be [{len(weight)}, K, K], found {len(each)} of them")
     made = []
     for expert, single in enumerate(weight):
         try:
-            made.append(quantize_weight(single, bits, awq_scales=awq_scales, moments=moments))
+            made.append(quantize_weight(single, bits, awq_scales=awq_scales, moments=each[expert]))
         except PolarError as error:
             raise type(error)(f"expert {expert}: {error}") from error
     packed, norms = (torch.cat([getattr(part, name) for part in made]) for name in ("packed", "norms"))

@@ -53,13 +53,26 @@ def prepare_feedback(
     order = rotated.diagonal().argsort(descending=True, stable=True)
     damping = DAMPING
     for _ in range(_TRIES):
-        damped = rotated + damping * mean * torch.eye(len(rotated), dtype=rotated.dtype, device=device)
-        inverse, singular = torch.linalg.inv_ex(damped[order][:, order])
-        factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-        if not singular and not failed and factor.isfinite().all():
+        damped = rotated.clone()
+        damped.diagonal().add_(damping * mean)
+        factor = _inverse_factor(damped[order][:, order])
+        if factor is not None:
             return Feedback(damped.float(), order, factor.float())
         damping *= _MORE_DAMPING
     raise QuantizationError("the moments of the layer's inputs are not positive semi-definite")
+
+
+def _inverse_factor(moments: torch.Tensor) -> torch.Tensor | None:
+    """Upper U with U^T U = moments^-1, or None where they are not positive definite.
+
+    With moments = V V^T, V upper, U is V^-1; V is the lower Cholesky factor of the moments back to front.
+    """
+    lower, failed = torch.linalg.cholesky_ex(moments.flip(0, 1))
+    if failed:
+        return None
+    eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    factor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+    return factor if factor.isfinite().all() else None
 
 
 def _rotate(moments: torch.Tensor, awq_scales: torch.Tensor | None) -> torch.Tensor:
@@ -101,20 +114,43 @@ def _divisors(norms: torch.Tensor) -> torch.Tensor:
     return torch.where(norms > 0, norms, 1.0)
 
 
+def settle(
+    targets: torch.Tensor,
+    before: torch.Tensor | None,
+    scales: torch.Tensor,
+    coupling: torch.Tensor,
+    table: torch.Tensor,
+) -> torch.Tensor:
+    """Codes int64 [N, 128] of columns that are settled one after the other, each to the level nearest to its target.
+
+    targets: fp32 [N, 128], corrected in place: column j changes by d = level * scale - before, and the targets by
+    -d * coupling[j]. before: [N, 128], or None for the targets as they are then, with coupling to later columns alone.
+    scales: [N, 128].
+    """
+    if targets.is_cuda:
+        from polar_kernels.kernels.settle import settle as settle_on_gpu
+
+        return settle_on_gpu(targets, before, scales, coupling, table)
+    divisors = _divisors(scales)
+    codes = torch.empty_like(targets, dtype=torch.long)
+    for j in range(targets.shape[1]):
+        target = targets[:, j].clone()
+        codes[:, j] = _nearest(target / divisors[:, j], table)
+        change = table[codes[:, j]] * scales[:, j] - (target if before is None else before[:, j])
+        ahead = 0 if before is not None else j + 1  # pushed errors go to later columns alone
+        targets[:, ahead:] -= change[:, None] * coupling[j, ahead:]
+    return codes
+
+
 def _push_errors(z: torch.Tensor, norms: torch.Tensor, table: torch.Tensor, feedback: Feedback) -> torch.Tensor:
     order, factor = feedback.order, feedback.factor
     open_columns, scales = z[:, order], _per_column(norms)[:, order]
-    divisors = _divisors(scales)
     codes = torch.empty_like(open_columns, dtype=torch.long)
     for start in range(0, len(order), BLOCK_SIZE):
         span = slice(start, start + BLOCK_SIZE)
-        block, errors = open_columns[:, span].clone(), torch.empty_like(open_columns[:, span])
-        own = factor[span, span]
-        for j in range(block.shape[1]):
-            chosen = _nearest(block[:, j] / divisors[:, start + j], table)
-            codes[:, start + j] = chosen
-            errors[:, j] = (block[:, j] - table[chosen] * scales[:, start + j]) / own[j, j]
-            block[:, j + 1 :] -= errors[:, j, None] * own[j, j + 1 :]
+        own, block = factor[span, span], open_columns[:, span].contiguous()
+        codes[:, span] = settle(block, None, scales[:, span], -(own / own.diagonal()[:, None]).triu(1), table)
+        errors = (block - table[codes[:, span]] * scales[:, span]) / own.diagonal()
         open_columns[:, span.stop :] -= errors @ factor[span, span.stop :]
     unordered = torch.empty_like(codes)
     unordered[:, order] = codes
@@ -129,19 +165,22 @@ def _sweep(
     pull = (z - table[codes] * _per_column(norms)) @ moments
     for index in range(norms.shape[1]):
         span = slice(index * BLOCK_SIZE, (index + 1) * BLOCK_SIZE)
-        own, norm = moments[span, span], norms[:, index].clone()
-        levels, near = table[codes[:, span]], pull[:, span].clone()
-        before = levels * norm[:, None]
-        divisor = _divisors(norm)
-        for j in range(BLOCK_SIZE):
-            value = levels[:, j] * norm
-            chosen = _nearest((value + near[:, j] / own[j, j]) / divisor, table)
-            chosen = torch.where(norm > 0, chosen, codes[:, span.start + j])
-            near -= (table[chosen] * norm - value)[:, None] * own[j]
-            codes[:, span.start + j], levels[:, j] = chosen, table[chosen]
-        change = (levels * near).sum(1) / ((levels @ own) * levels).sum(1)
+        own, norm = moments[span, span], norms[:, index, None]
+        before = table[codes[:, span]] * norm
+        coupling = own / own.diagonal()
+        found = settle(
+            before + pull[:, span] / own.diagonal(),
+            before,
+            norm.expand(-1, BLOCK_SIZE),
+            coupling - coupling.diagonal().diag(),
+            table,
+        )
+        codes[:, span] = torch.where(norm > 0, found, codes[:, span])
+        levels = table[codes[:, span]]
+        near = pull[:, span] - (levels * norm - before) @ own
+        change = (levels * near).sum(1, keepdim=True) / ((levels @ own) * levels).sum(1, keepdim=True)
         moved = (norm + change.maximum(_MIN_NORM_CHANGE * norm)).half().float()
-        norms[:, index] = torch.where(norm > 0, moved, norm)
+        norms[:, index, None] = torch.where(norm > 0, moved, norm)
         pull -= (levels * norms[:, index, None] - before) @ moments[span]
     return codes, norms
 

@@ -12,6 +12,7 @@ from polar_kernels.packing import pack_codes, packed_size
 from polar_kernels.weight import PolarWeight
 
 _CHUNK = 1 << 23  # weights in work at a time; bounds the temporaries to some hundred MB
+_GPU_CHUNKS = 8  # at a time on a GPU, which fewer do not keep busy
 # Squared share of a weight that storing its norms in fp16 may cost. fp16 in its normal range costs 1e-7 at most; a
 # weight whose norms are subnormal as a whole costs more than this, single dead rows among normal ones do not.
 _MAX_NORM_LOSS = 1e-5
@@ -46,7 +47,7 @@ def quantize_weight(
     packed = weight.new_empty(rows, packed_size(blocks * BLOCK_SIZE, bits), dtype=torch.uint8)
     norms = weight.new_empty(rows, blocks, dtype=torch.float32)
     refined = None if feedback is None else torch.empty_like(norms)
-    step = max(1, _CHUNK // max(1, weight.shape[1]))
+    step = max(1, _CHUNK * (_GPU_CHUNKS if weight.is_cuda else 1) // max(1, weight.shape[1]))
     for start in range(0, rows, step):
         chunk = weight[start : start + step].float()
         _check_finite(chunk, start)

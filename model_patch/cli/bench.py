@@ -71,6 +71,9 @@ def model(
     bits: Annotated[int, typer.Option(help="Of the quantised model.")] = 5,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     quick: Quick = False,
+    load: Annotated[
+        bool, typer.Option("--load", help="Also save the quantised model to a temporary folder and time its loading.")
+    ] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Also say where a step's time goes: needs a GPU.")] = False,
     out: OutFolder = None,
     document: Document = None,
@@ -93,7 +96,7 @@ def model(
     for name, shape in shapes.items():
         with progress_bar(f"bench model {name}") as progress:
             makes = models.providers(shape, bits, target, as_dtype)
-            measured, works = models.run(name, makes, **sizes, profile=profile, progress=progress)
+            measured, works = models.run(name, makes, **sizes, load=load, profile=profile, progress=progress)
         result["rows"] += [asdict(measurement) for measurement in measured]
         result["profile"] += [{"model": name} | asdict(work) for work in works]
         if not as_json:

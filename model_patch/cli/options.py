@@ -15,6 +15,7 @@ from rich.table import Table
 
 from model_patch.checkpoint.writer import shard_bytes
 from model_patch.errors import ConfigError, OutputError
+from model_patch.quantize.calibrate import EXPERT_ROWS
 
 
 def _check_shard_size(size: str) -> str:
@@ -129,6 +130,11 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def warn(warnings: list[str]) -> None:
     for warning in warnings:
         typer.echo(f"polar: warning: {warning}", err=True)
+
+
+def rare_experts_warning(layer: str, experts: list[int]) -> str:
+    listed = ", ".join(map(str, experts))
+    return f"{layer}: experts {listed} saw fewer than {EXPERT_ROWS} tokens each, and were judged by all experts' tokens"
 
 
 def megabytes(count: int) -> str:

@@ -20,12 +20,14 @@ from model_patch.cli.options import (
     pick_device,
     print_json,
     print_table,
+    rare_experts_warning,
     warn,
 )
 from model_patch.cli.quantize_options import Method, check_options, parse_bits_for, parse_target, pick_streamed
 from model_patch.config import PolarQuantConfig
 from model_patch.demo import CALIBRATION_TEXT, CALIBRATION_WINDOWS
 from model_patch.load import find_checkpoint, find_headers
+from model_patch.memory import peak_memory
 from model_patch.progress import progress_bar
 from model_patch.quantize import (
     Calibrated,
@@ -38,7 +40,6 @@ from model_patch.quantize import (
     quantize_checkpoint,
     write_absmax,
 )
-from model_patch.quantize.calibrate import EXPERT_ROWS
 from model_patch.quantize.resume import make_record, open_work
 
 _BITS = 5  # where nothing else is asked for
@@ -99,13 +100,14 @@ def quantize(
     fixed = parse_bits_for(bits_for or [])
     start = (_BITS if bits is None else bits) if target is None else target.start
     config = PolarQuantConfig(start, fixed, left)
+    picked = pick_device(device)
     if dry_run and target is None:
         folder, checkpoint = find_headers(model)
-        _report(plan_checkpoint(folder, config, awq, checkpoint), None, as_json, method)
+        _report(plan_checkpoint(folder, config, awq, checkpoint), None, as_json, method, peak_memory(picked))
         return
     if not dry_run:
         check_output(out, overwrite)
-    picked, text = pick_device(device), calibration or CALIBRATION_TEXT
+    text = calibration or CALIBRATION_TEXT
     plan = plan_checkpoint(find_checkpoint(model), config, awq)
     work = None
     if resume:
@@ -121,7 +123,7 @@ def quantize(
     if work is not None and saved is None:
         work.save(plan, found)
     if dry_run:
-        _report(plan, None, as_json, method)
+        _report(plan, None, as_json, method, peak_memory(picked))
         return
     kept = None if work is None else work.checkpoint
     quantize_all = partial(quantize_checkpoint, awq_scales=found.awq_scales, moments=found.moments, kept=kept)
@@ -133,7 +135,7 @@ def quantize(
     if work is not None:
         work.delete()
     warn(warnings)
-    _report(plan, out, as_json, method)
+    _report(plan, out, as_json, method, peak_memory(picked))
 
 
 def _calibrate(
@@ -151,7 +153,7 @@ def _calibrate(
     if plan.config.awq or feedback:
         with progress_bar("calibrate") as progress:
             found = calibrate_plan(plan, text, device, windows, feedback=feedback, streamed=streamed, progress=progress)
-        warn([_rare_experts(layer, experts) for layer, experts in found.rare_experts.items()])
+        warn([rare_experts_warning(layer, experts) for layer, experts in found.rare_experts.items()])
     if target is None:
         return plan, found
     with progress_bar("measure") as progress:
@@ -159,12 +161,8 @@ def _calibrate(
     return plan_for_target(plan, fixed, target, parts), found
 
 
-def _rare_experts(layer: str, experts: list[int]) -> str:
-    listed = ", ".join(map(str, experts))
-    return f"{layer}: experts {listed} saw fewer than {EXPERT_ROWS} tokens each, and were judged by all experts' tokens"
-
-
-def _report(plan: QuantizePlan, out: Path | None, as_json: bool, method: Method) -> None:
+def _report(plan: QuantizePlan, out: Path | None, as_json: bool, method: Method, peak: dict[str, int | None]) -> None:
+    typer.echo("peak memory: " + ", ".join(f"{megabytes(n)} ({place})" for place, n in peak.items() if n), err=True)
     sizes = {name: plan.layer_bytes(name) for name in plan.layers.bits}
     if as_json:
         layers = {n: {"bits": plan.layers.bits[n], "bytes_before": b, "bytes_after": a} for n, (b, a) in sizes.items()}
@@ -175,6 +173,7 @@ def _report(plan: QuantizePlan, out: Path | None, as_json: bool, method: Method)
                 "layers": layers,
                 "kept": plan.layers.kept,
                 "mean_bits": plan.mean_bits,
+                "peak_bytes": peak,
                 "bytes_before": plan.source_bytes,
                 "bytes_after": plan.output_bytes if method is Method.polar else plan.source_bytes,
             }

@@ -52,7 +52,9 @@ def search_awq_scales(
 
 
 @torch.no_grad()
-def search_expert_scales(statistics: SiteStatistics, weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, float]:
+def search_expert_scales(
+    statistics: SiteStatistics, weight: torch.Tensor, bits: int, fake_quantize: FakeQuantize = _polar
+) -> tuple[torch.Tensor, float]:
     """The same for one projection of experts, weight [E, N, K]: every expert counts alike, by the tokens it saw itself,
     or where those are too few (`rare_experts`) by the site's."""
     device, rare = weight.device, statistics.rare_experts
@@ -63,7 +65,7 @@ def search_expert_scales(statistics: SiteStatistics, weight: torch.Tensor, bits:
     outputs = [sample @ single.T for sample, single in zip(samples, rows, strict=True)]
 
     def error(scales: torch.Tensor) -> float:
-        left = _polar(rows.flatten(0, 1), bits, scales).view_as(rows)
+        left = fake_quantize(rows.flatten(0, 1), bits, scales).view_as(rows)
         return sum(_error(*parts) for parts in zip(samples, left, outputs, strict=True))
 
     return _best(statistics, device, error)

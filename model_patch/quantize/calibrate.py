@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from model_patch.architectures import Kind, kind_of
+from model_patch.checkpoint.reader import Checkpoint
 from model_patch.progress import Progress, no_progress
+from model_patch.quantize.layerwise import LayerwiseRun
 
 SAMPLE_ROWS = 1024  # activations kept per site for the search of the exponent
 EXPERT_ROWS = 32  # and for each expert; one that saw fewer tokens is judged by the site's
@@ -35,18 +37,22 @@ class SiteStatistics:
 
 
 class _Collector:
-    def __init__(self, rows_per_window: int) -> None:
-        self.rows_per_window = rows_per_window
-        self.windows = 1  # that are run at a time; the head sees one row of each
+    def __init__(self, rows_per_window: int, window: int) -> None:
+        self.rows_per_window, self.window = rows_per_window, window
         self.total: torch.Tensor | float = 0.0
         self.count = 0
         self.rows: list[torch.Tensor] = []
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        x = args[0].detach().flatten(0, -2).float()
+        x = args[0].detach().flatten(0, -2)
+        self.add(x, len(x) // self.window or len(x))  # the head sees one row of each window
+
+    def add(self, x: torch.Tensor, windows: int) -> None:
+        """x: [R, K], what was read in so many windows."""
+        x = x.float()
         self.total = self.total + x.abs().sum(0)
         self.count += x.shape[0]
-        count = min(self.rows_per_window * self.windows, x.shape[0])
+        count = min(self.rows_per_window * windows, x.shape[0])
         self.rows.append(x[torch.arange(count, device=x.device) * x.shape[0] // count].cpu())
 
     def result(self) -> SiteStatistics:
@@ -57,8 +63,8 @@ class _Collector:
 class _ExpertCollector(_Collector):
     """Listens to the module of all experts, for one of its projections."""
 
-    def __init__(self, rows_per_window: int, projection: str) -> None:
-        super().__init__(rows_per_window)
+    def __init__(self, rows_per_window: int, window: int, projection: str) -> None:
+        super().__init__(rows_per_window, window)
         self.projection = projection
         self.seen: list[torch.Tensor] = []
 
@@ -76,40 +82,43 @@ class _ExpertCollector(_Collector):
             room = EXPERT_ROWS - len(self.seen[expert])
             self.seen[expert] = torch.cat([self.seen[expert], rows[:room].float().cpu()])
             read.append(rows)
-        super().__call__(experts, (x if self.projection == "gate_up_proj" else torch.cat(read),))
+        self.add(x.detach() if self.projection == "gate_up_proj" else torch.cat(read), len(x) // self.window)
 
     def result(self) -> SiteStatistics:
         return replace(super().result(), expert_samples=tuple(self.seen))
 
 
-@torch.no_grad()
 def calibrate(
     model: PreTrainedModel,
     windows: torch.Tensor,
     sites: Mapping[str, Sequence[str]],
     progress: Progress = no_progress,
-    batch_size: int = 1,
+    checkpoint: Checkpoint | None = None,
 ) -> dict[str, SiteStatistics]:
     """Run token `windows` [W, T] through the unquantised model and collect each site's statistics.
 
-    sites: site -> names of the layers that read it; the first one is listened to. batch_size: windows at a time.
+    sites: site -> names of the layers that read it; the first one is listened to. checkpoint: where layers on the meta
+    device are read from. progress counts windows through layers.
     """
-    collectors = {site: _collector(names[0], max(1, SAMPLE_ROWS // len(windows))) for site, names in sites.items()}
+    run = LayerwiseRun(model, windows, checkpoint)
+    rows = max(1, SAMPLE_ROWS // len(windows))
+    collectors = {site: _collector(names[0], rows, windows.shape[1]) for site, names in sites.items()}
+    done = 0
+
+    def told(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(done, run.steps, "calibrating")
+
     with _listening(model, {names[0]: collectors[site] for site, names in sites.items()}):
-        done = 0
-        for batch in windows.split(batch_size):
-            for collector in collectors.values():
-                collector.windows = len(batch)
-            model(batch.to(model.device), use_cache=False, logits_to_keep=1)
-            done += len(batch)
-            progress(done, len(windows), "calibrating")
+        run.forward(told)
     return {site: collector.result() for site, collector in collectors.items()}
 
 
-def _collector(layer: str, rows_per_window: int) -> _Collector:
+def _collector(layer: str, rows_per_window: int, window: int) -> _Collector:
     if kind_of(layer) is Kind.EXPERTS:
-        return _ExpertCollector(rows_per_window, layer.rpartition(".")[2])
-    return _Collector(rows_per_window)
+        return _ExpertCollector(rows_per_window, window, layer.rpartition(".")[2])
+    return _Collector(rows_per_window, window)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """What a plan needs of a calibration text: AWQ scales, and moments for error feedback, from one load of the model."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -9,15 +8,15 @@ import torch
 from transformers import PreTrainedModel
 
 from model_patch.architectures import Kind, kind_of, weight_name
-from model_patch.errors import CheckpointError, UnsupportedModelError
+from model_patch.errors import CheckpointError
 from model_patch.evaluate import check_vocabulary, text_windows, tokenize_file
 from model_patch.load import load_model, load_tokenizer
 from model_patch.progress import Progress, no_progress
 from model_patch.quantize.awq import search_awq_scales, search_expert_scales
 from model_patch.quantize.calibrate import calibrate
 from model_patch.quantize.checkpoint import QuantizePlan
-from model_patch.quantize.moments import collect_moments, refuse_experts
-from model_patch.quantize.streamed import batch_size, forgetting_activations, load_streamed
+from model_patch.quantize.moments import collect_moments
+from model_patch.quantize.streamed import load_streamed
 
 WINDOW = 512  # tokens
 
@@ -25,7 +24,8 @@ WINDOW = 512  # tokens
 @dataclass(frozen=True)
 class Calibrated:
     """awq_scales, moments: by the layer's name in the model, the layers of a site with the same tensor. The scales are
-    fp16 [K], none where the plan has none; the moments fp32 [K, K] of the inputs, none where not asked for.
+    fp16 [K], none where the plan has none; the moments fp32 [K, K] of the inputs, or [E, K, K] of each expert's, none
+    where not asked for.
 
     rare_experts: layers.N.mlp.experts -> those that saw too few tokens to be judged by their own; empty after a resumed
     run.
@@ -48,30 +48,24 @@ def calibrate_plan(
 ) -> Calibrated:
     """Calibrate on the first `windows` windows of 512 tokens of a text file.
 
-    streamed: read the model layer by layer, each time it is run, in place of loading it as a whole; what comes out is
-    the same but for the order of sums. Raises CheckpointError for a text shorter than one window, or with tokens that
-    the model does not know; UnsupportedModelError for feedback of experts, or experts layer by layer.
+    streamed: read each layer when it is run, in place of loading the model as a whole; what comes out is the same.
+    Raises CheckpointError for a text shorter than one window, or with tokens that the model does not know.
     """
-    if feedback:
-        refuse_experts(plan.layers.sites())
-    if streamed and any(kind_of(name) is Kind.EXPERTS for name in plan.layers.bits):
-        raise UnsupportedModelError("experts cannot be calibrated layer by layer: --whole, or --no-awq, does without")
     batch = calibration_batch(plan.source.where, text, windows)
     model = load_for_calibration(plan.source.where, device, streamed)
     check_vocabulary(batch, model)
-    at_a_time = batch_size(model, WINDOW) if streamed else 1
     sites = plan.layers.sites()
-    awq_steps = len(batch) + len(sites) if plan.config.awq else 0
-    total = awq_steps + (len(batch) if feedback else 0)
+    passes = len(model.get_decoder().layers) * len(batch)
+    awq_steps = passes + len(sites) if plan.config.awq else 0
+    total = awq_steps + (2 * passes if feedback else 0)
     result = Calibrated()
     if plan.config.awq:
-        told = partial(_tell, progress, 0, total)
-        _find_scales(result, plan, model, batch, told, at_a_time)
+        _find_scales(result, plan, model, batch, partial(_tell, progress, 0, total))
     if feedback:
         told = partial(_tell, progress, awq_steps, total)
-        with forgetting_activations(model) if streamed else nullcontext():
-            found = collect_moments(model, batch, sites, told, at_a_time)
-        result.moments.update({name: found[site] for site, names in sites.items() for name in names})
+        found = collect_moments(model, batch, sites, told, plan.source)
+        result.moments.update({name: found.of_site[site] for site, names in sites.items() for name in names})
+        result.rare_experts.update(found.rare_experts)
     return result
 
 
@@ -101,14 +95,13 @@ def _find_scales(
     model: PreTrainedModel,
     batch: torch.Tensor,
     progress: Progress,
-    at_a_time: int,
 ) -> None:
-    """Fill in the AWQ scales of each layer; progress counts the windows, then the sites."""
+    """Fill in the AWQ scales of each layer; progress counts windows through layers, then the sites."""
     sites = plan.layers.sites()
-    total = len(batch) + len(sites)
-    statistics = calibrate(model, batch, sites, progress, at_a_time)
+    statistics = calibrate(model, batch, sites, progress, plan.source)
+    passes, device = len(model.get_decoder().layers) * len(batch), model.get_output_embeddings().weight.device
     for index, (site, names) in enumerate(sites.items()):
-        weights = [plan.source.read(weight_name(plan.names[name]), model.device) for name in names]
+        weights = [plan.source.read(weight_name(plan.names[name]), device) for name in names]
         bits = [plan.layers.bits[name] for name in names]
         if kind_of(names[0]) is Kind.EXPERTS:
             found, _ = search_expert_scales(statistics[site], weights[0], bits[0])
@@ -117,4 +110,4 @@ def _find_scales(
         else:
             found, _ = search_awq_scales(statistics[site], weights, bits)
         result.awq_scales.update(dict.fromkeys(names, found))
-        progress(len(batch) + index + 1, total, site)
+        progress(passes + index + 1, passes + len(sites), site)

@@ -9,89 +9,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from model_patch.architectures import Kind, names_of_kind
-from model_patch.errors import UnsupportedModelError
+from model_patch.architectures import Kind, canonical, kind_of
+from model_patch.checkpoint.reader import Checkpoint
+from model_patch.errors import CheckpointError
 from model_patch.progress import Progress, no_progress
+from model_patch.quantize.expert_moments import ExpertSites
+from model_patch.quantize.layerwise import LayerwiseRun
+from model_patch.quantize.moment_sites import LinearSite, Moments, Site
 
-_QUANTILE = 0.99  # of a window's weights, above which they are cut: single tokens would outweigh all others
 _SEED = 0  # of the tokens that are drawn
 
 
-class _Site:
-    """What the layers of a site do in some windows, and the sum over all."""
-
-    def __init__(self) -> None:
-        self.x: torch.Tensor | None = None
-        self.weights: torch.Tensor | float = 0.0
-        self.total: torch.Tensor | float = 0.0
-
-    def keep_input(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        self.x = args[0].detach().flatten(0, -2)
-
-    def watch_output(self, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        def add(gradient: torch.Tensor) -> None:
-            self.weights = self.weights + gradient.detach().flatten(0, -2).float().square().sum(-1)
-
-        out.register_hook(add)
-
-    def finish_windows(self, window: int) -> None:
-        if self.x is not None and isinstance(self.weights, torch.Tensor):
-            for x, weights in zip(self.x.float().split(window), self.weights.split(window), strict=True):
-                cut = weights.clamp_max(torch.quantile(weights, _QUANTILE))
-                self.total = self.total + ((x * cut[:, None]).T @ x).double().cpu()
-        self.x, self.weights = None, 0.0
-
-
-def refuse_experts(sites: Mapping[str, Sequence[str]]) -> None:
-    """Raise UnsupportedModelError for sites with experts, each of which sees inputs of its own."""
-    if found := [site for site, names in sites.items() if names_of_kind(names, Kind.EXPERTS)]:
-        raise UnsupportedModelError(f"error feedback is not done for experts, which {found[0]} has: use AWQ instead")
-
-
-@torch.enable_grad()
-def collect_moments(
-    model: PreTrainedModel,
-    windows: torch.Tensor,
-    sites: Mapping[str, Sequence[str]],
-    progress: Progress = no_progress,
-    batch_size: int = 1,
-) -> dict[str, torch.Tensor]:
-    """Site -> fp32 [K, K], up to a factor, from token `windows` [W, T] run forth and back through the whole model.
-
-    sites: site -> names of the layers that read it. batch_size: windows at a time. Raises as `refuse_experts` does.
-    """
-    refuse_experts(sites)
-    found = {site: _Site() for site in sites}
-    device = model.device
-    draw = torch.Generator(device).manual_seed(_SEED)
-    with _watching(model, {site: [model.get_submodule(n) for n in names] for site, names in sites.items()}, found):
-        done = 0
-        for batch in windows.split(batch_size):
-            logits = model(batch.to(device), use_cache=False).logits.flatten(0, 1).float()
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)[:, 0]
-            torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
-            for site in found.values():
-                site.finish_windows(windows.shape[1])
-            done += len(batch)
-            progress(done, len(windows), "moments")
-    return {name: torch.as_tensor(site.total).float() for name, site in found.items()}
-
-
 @contextmanager
-def _watching(
-    model: PreTrainedModel, layers: Mapping[str, Sequence[nn.Module]], found: Mapping[str, _Site]
-) -> Iterator[None]:
-    """Hooks on the layers, and gradients for activations but not for parameters."""
+def _watching(model: PreTrainedModel, watched: Sequence[Site]) -> Iterator[None]:
+    """Hooks on the layers, and no gradients for parameters."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
-    embedding = model.get_input_embeddings()
-    handles = [embedding.register_forward_hook(lambda module, args, out: out.requires_grad_())]
-    for name, members in layers.items():
-        handles.append(members[0].register_forward_pre_hook(found[name].keep_input))
-        handles += [member.register_forward_hook(found[name].watch_output) for member in members]
+    handles = [handle for site in watched for handle in site.watch()]
     try:
         yield
     finally:
@@ -99,3 +36,59 @@ def _watching(
             handle.remove()
         for parameter in wanted:
             parameter.requires_grad_(True)
+
+
+def collect_moments(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    sites: Mapping[str, Sequence[str]],
+    progress: Progress = no_progress,
+    checkpoint: Checkpoint | None = None,
+) -> Moments:
+    """From token `windows` [W, T] run forth and back through the whole model.
+
+    sites: site -> names of the layers that read it. checkpoint: where layers on the meta device are read from. progress
+    counts windows through layers, forth and back. Raises CheckpointError for predictions with NaN.
+    """
+    run = LayerwiseRun(model, windows, checkpoint)
+    watched = _watched_sites(model, sites)
+    found = Moments()
+    draw = torch.Generator(run.device).manual_seed(_SEED)
+    count, window = windows.shape
+    done = 0
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.float()
+        probabilities = logits.detach().softmax(-1)
+        if probabilities.isnan().any():  # which multinomial would abort on
+            raise CheckpointError("model", "its predictions have NaN: NaN or infinity in the weights?")
+        drawn = torch.multinomial(probabilities, 1, generator=draw)[:, 0]
+        return F.cross_entropy(logits, drawn, reduction="sum")
+
+    def after(_: int) -> None:
+        for site in [site for site in watched if site.finish_batch(window) == count]:
+            site.add_to(found)
+            watched.remove(site)
+
+    def told(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(done, 2 * run.steps, "moments")
+
+    with _watching(model, watched):
+        run.back_and_forth(loss, after, told)
+    return found
+
+
+def _watched_sites(model: PreTrainedModel, sites: Mapping[str, Sequence[str]]) -> list[Site]:
+    found: list[Site] = []
+    experts: dict[str, dict[str, str]] = {}
+    for site, names in sites.items():
+        if kind_of(names[0]) is Kind.EXPERTS:
+            module, _, projection = names[0].rpartition(".")
+            experts.setdefault(module, {})[projection] = site
+        else:
+            found.append(LinearSite(site, [model.get_submodule(name) for name in names]))
+    for name, projections in experts.items():
+        found.append(ExpertSites(canonical(name), model.get_submodule(name), projections))
+    return found

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from model_patch.architectures import weight_name
 from model_patch.config import PolarQuantConfig, matches
 from model_patch.errors import ConfigError
-from model_patch.evaluate import Reference, evaluate, model_reference
+from model_patch.evaluate import evaluate, windows_at_a_time
+from model_patch.logits_cache import MemoryCache
 from model_patch.progress import Progress, no_progress
 from model_patch.quantize.budget import LARGEST, SMALLEST, Part, choose_bits
 from model_patch.quantize.calibrated import Calibrated, calibration_batch, load_for_calibration
@@ -67,11 +68,22 @@ def measure_parts(
 
     fixed: patterns of layers that are left out, since their bits are given. calibrated: of the plan.
     """
+    batch = calibration_batch(plan.source.where, text, MEASURED_WINDOWS)
+    return measure_parts_of(load_for_calibration(plan.source.where, device), plan, fixed, calibrated, batch, progress)
+
+
+def measure_parts_of(
+    model: PreTrainedModel,
+    plan: QuantizePlan,
+    fixed: Iterable[str],
+    calibrated: Calibrated,
+    batch: torch.Tensor,
+    progress: Progress = no_progress,
+) -> dict[str, Part]:
+    """The same of the loaded model, which is left as it was, on token windows `batch` [W, T]."""
     given = _named(plan, fixed)
     layers = {part: [name for name in names if name not in given] for part, names in _parts(plan).items()}
     layers = {part: names for part, names in layers.items() if names}
-    batch = calibration_batch(plan.source.where, text, MEASURED_WINDOWS)
-    model = load_for_calibration(plan.source.where, device)
     losses = measure_losses(model, plan, layers, calibrated, batch, progress)
     per_bit = {name: plan.code_bytes(name) // bits for name, bits in plan.layers.bits.items()}
     return {
@@ -120,13 +132,12 @@ def measure_losses(
     The model is the original and is so again afterwards.
     """
     tokens, window = batch.flatten(), batch.shape[1]
-    reference = _remembered(model_reference(model, tokens))
-    evaluate(model, tokens, window=window, reference=reference)
+    reference, at_a_time = MemoryCache(model, batch), windows_at_a_time(model, window)
     progress(1, len(parts) + 1, "the original")
     losses: dict[str, float] = {}
     for index, (part, names) in enumerate(parts.items()):
         with _quantized(model, plan, names, calibrated):
-            found = evaluate(model, tokens, window=window, reference=reference).kl_divergence
+            found = evaluate(model, tokens, window=window, reference=reference, batch_size=at_a_time).kl_divergence
         assert found is not None  # there is a reference
         losses[part] = max(found, 0.0)  # which rounding may leave below
         progress(index + 2, len(parts) + 1, part)
@@ -156,15 +167,3 @@ def _quantized(
     finally:
         for name, weight in weights.items():
             weight.copy_(originals[name])
-
-
-def _remembered(reference: Reference) -> Reference:
-    """The same, each window computed once and kept on the CPU."""
-    kept: dict[int, torch.Tensor] = {}
-
-    def recall(index: int, ids: torch.Tensor, scored: int) -> torch.Tensor:
-        if index not in kept:
-            kept[index] = reference(index, ids, scored).cpu()
-        return kept[index].to(ids.device)
-
-    return recall

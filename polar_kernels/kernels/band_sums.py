@@ -1,7 +1,7 @@
 """How the warps that share a band, 32 rows of the weight, add up their sums and store them: for few rows of x.
 
 A thread holds 8 sums a group of 8 rows of x: rows g, g + 8, g + 16, g + 24 of the weight (g = lane // 4), times rows
-2 q and 2 q + 1 of the group (q = lane % 4).
+2 q and 2 q + 1 of the group (q = lane % 4). Of one row of x, one a lane.
 """
 
 import triton
@@ -100,3 +100,24 @@ def store_band(
             if HAS_BIAS:
                 y += tl.load(bias_ptr + row, mask=keep, other=0.0).to(tl.float32)
             tl.store(out_ptr + column.to(tl.int64) * N + row, y.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+def _sum_rows(warps: int) -> str:
+    """PTX: $0 = the sum over `warps` warps of row `lane`; $1: a row's value, $2: that row, $3: the thread."""
+    add = " ".join(f"ld.shared.f32 v, [at+{128 * w}]; add.f32 $0, $0, v;" for w in range(1, warps))
+    return (
+        f"{{ .shared .align 16 .b8 rows[{128 * warps}]; .reg .u32 at, base; .reg .f32 v; mov.u32 base, rows;"
+        "shr.u32 at, $3, 5; mad.lo.u32 at, at, 128, base; mad.lo.u32 at, $2, 4, at; st.shared.f32 [at], $1;"
+        "bar.sync 0; and.b32 at, $3, 31; mad.lo.u32 at, at, 4, base; ld.shared.f32 $0, [at];"
+        f"{add} }}"
+    )
+
+
+_SUM_ROWS_4, _SUM_ROWS_8 = (tl.constexpr(_sum_rows(warps)) for warps in (4, 8))
+
+
+@triton.jit
+def sum_band(value, row, thread, WARPS: tl.constexpr):
+    """The sum over the program's warps of row `lane` of a band, each thread of a warp giving the value of one row."""
+    CODE: tl.constexpr = _SUM_ROWS_4 if WARPS == 4 else _SUM_ROWS_8
+    return tl.inline_asm_elementwise(CODE, "=&f,f,r,r", [value, row, thread], tl.float32, False, 1)

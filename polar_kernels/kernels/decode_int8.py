@@ -1,9 +1,10 @@
 """Codes to int8 in registers: the A fragments of the integer tensor-core instructions, straight from a tile's words.
 
-A byte permute looks up four magnitudes at once. Of 16 magnitudes each of two permutes looks up eight: an index whose top
-bit is set asks a permute for the sign of a byte, and no level has its top bit set, so that what the other permute is to
-look up becomes zero. Negation is a bitwise complement, since levels are half-integers; the mask for it is a multiple of
-the sign bits, made where the multiplications are, since permutes, shifts and logic are what bounds these kernels.
+A byte permute looks up four magnitudes at once. Of 16 magnitudes each of two permutes looks up eight: an index whose
+top bit is set asks a permute for the sign of a byte, and no level has its top bit set, so that what the other permute
+is to look up becomes zero. Negation is a bitwise complement, since levels are half-integers; the mask for it is a
+multiple of the sign bits, made where the multiplications are, since permutes, shifts and logic are what bounds these
+kernels.
 """
 
 import triton

@@ -13,8 +13,8 @@ from polar_kernels.kernels.band_sums import ROW_GROUP
 from polar_kernels.kernels.expert_groups import Grouped
 from polar_kernels.kernels.expert_tiles import (
     decode_tile,
-    load_levels,
     load_scale,
+    load_table,
     load_x,
     multiply_tile,
     multiply_tile_exactly,
@@ -68,7 +68,7 @@ def _expert_matmul_kernel(
     first = (expert * bands + tl.minimum(band, bands - 1)) * blocks
     tile = load_tile(tiles_ptr, first, lane, WIDTH)
     norms = tl.load(norms_ptr + first * 8 + g)
-    levels = load_levels(table_ptr, thread, EXACT, DTYPE)
+    levels = load_table(table_ptr, thread, EXACT, DTYPE)
     # Everything above was there before; x and meta come from the kernel before this one.
     q = lane % 4 + wait_for_previous_kernel(thread)
     if start < stop:

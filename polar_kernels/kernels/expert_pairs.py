@@ -12,12 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
+from polar_kernels.kernels.band_sums import sum_band
 from polar_kernels.kernels.decode_int8 import decode_half_tile
 from polar_kernels.kernels.exact_matmul import multiply_half_tile_exactly
 from polar_kernels.kernels.expert_tiles import (
     decode_tile,
-    load_levels,
     load_scale,
+    load_table,
     load_x,
     multiply_tile_exactly,
 )
@@ -30,30 +31,10 @@ _NAN_NORMS = tl.constexpr(0x7E007E007E007E00)  # four of fp16
 
 
 class Shape(NamedTuple):
-    """warps: of a program; halves: programs that share a band, 1 or 2."""
+    """warps: of a program, 4 or 8; halves: programs that share a band, 1 or 2."""
 
     warps: int
     halves: int
-
-
-def _sum_code(warps: int) -> str:
-    """PTX: $0 = the sum over the program's warps of row `lane`; $1: a row's sum, $2: that row, $3: the thread."""
-    add = " ".join(f"ld.shared.f32 v, [at+{128 * w}]; add.f32 $0, $0, v;" for w in range(1, warps))
-    return (
-        f"{{ .shared .align 16 .b8 rows[{128 * warps}]; .reg .u32 at, base; .reg .f32 v; mov.u32 base, rows;"
-        "shr.u32 at, $3, 5; mad.lo.u32 at, at, 128, base; mad.lo.u32 at, $2, 4, at; st.shared.f32 [at], $1;"
-        "bar.sync 0; and.b32 at, $3, 31; mad.lo.u32 at, at, 4, base; ld.shared.f32 $0, [at];"
-        f"{add} }}"
-    )
-
-
-_SUM_4, _SUM_8, _SUM_16 = (tl.constexpr(_sum_code(warps)) for warps in (4, 8, 16))
-
-
-@triton.jit
-def _sum_warps(value, row, thread, WARPS: tl.constexpr):
-    CODE: tl.constexpr = _SUM_4 if WARPS == 4 else _SUM_8 if WARPS == 8 else _SUM_16
-    return tl.inline_asm_elementwise(CODE, "=&f,f,r,r", [value, row, thread], tl.float32, False, 1)
 
 
 @triton.jit
@@ -152,7 +133,7 @@ def _expert_pairs_kernel(
         last = tl.minimum(unit + steps, units)
     expert = _choose(index_ptr, first_pair, unit, units, blocks, SLOTS)
     tile, norms = _load_unit(tiles_ptr, norms_ptr, expert, unit, last, blocks, experts, lane, HALVES, WIDTH)
-    levels = load_levels(table_ptr, thread, EXACT, DTYPE)
+    levels = load_table(table_ptr, thread, EXACT, DTYPE)
     # Everything above was there before; x and meta come from the kernel before this one.
     zero = wait_for_previous_kernel(thread)
     q = lane % 4 + zero
@@ -190,7 +171,7 @@ def _expert_pairs_kernel(
         value = tl.where(part % 2 == 0, sums[0], sums[1])
     else:
         value = tl.where(part < 2, tl.where(part == 0, sums[0], sums[1]), tl.where(part == 2, sums[2], sums[3]))
-    total = _sum_warps(value, part * 8 + lane // 4, thread, WARPS)
+    total = sum_band(value, part * 8 + lane // 4, thread, WARPS)
     OWN: tl.constexpr = 32 // HALVES
     out = out_ptr + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * OWN + lane
     tl.store(out, total.to(DTYPE), mask=thread < OWN)

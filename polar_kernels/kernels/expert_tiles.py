@@ -13,7 +13,7 @@ _FP16_LEVELS, _BF16_LEVELS = tl.constexpr(FP16_LEVELS), tl.constexpr(BF16_LEVELS
 
 
 @triton.jit
-def load_levels(table_ptr, thread, EXACT: tl.constexpr, DTYPE: tl.constexpr):
+def load_table(table_ptr, thread, EXACT: tl.constexpr, DTYPE: tl.constexpr):
     """The table a thread decodes with: bytes, or the low and the high bytes of levels in DTYPE."""
     if EXACT:
         LEVELS: tl.constexpr = _BF16_LEVELS if tl.bfloat16 == DTYPE else _FP16_LEVELS
@@ -38,7 +38,7 @@ def load_x(x_ptr, row, blocks, block, q, EXACT: tl.constexpr):
 @triton.jit
 def load_scale(meta_ptr, rows, row, block):
     """(base, scale) of one block of a row of x; meta_ptr: int64."""
-    word = tl.load(meta_ptr + block.to(tl.int64) * rows + row)
+    word = tl.load(meta_ptr + block * rows + row)
     return as_float(word.to(tl.int32)), as_float((word >> 32).to(tl.int32))
 
 

@@ -7,28 +7,31 @@ import triton.language as tl
 from polar_kernels.kernels.expert_groups import Grouped
 from polar_kernels.kernels.int8_wgmma import multiply_bands
 from polar_kernels.kernels.ptx import wait_for_previous_kernel
-from polar_kernels.kernels.ring import CHUNK_BYTES
+from polar_kernels.kernels.quantize_grouped import GROUP_ROWS
 from polar_kernels.kernels.wgmma_forms import FORMS
+from polar_kernels.kernels.wgmma_output import add_halves
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
-GROUP_ROWS = 64
 _FORM = FORMS[0]  # the one of so many rows
-_CHUNK = tl.constexpr(CHUNK_BYTES)
+_ROWS = tl.constexpr(GROUP_ROWS)
 
 
-@triton.jit(do_not_specialize=["bands", "blocks"])
+@triton.jit(do_not_specialize=["bands", "blocks", "stride"])
 def _expert_wgmma_kernel(
     tiles_ptr,
     norms_ptr,
     table_ptr,
     x_ptr,
+    halves_ptr,
     order_ptr,
     groups_ptr,
     out_ptr,
     bands,
     blocks,
+    stride,
     WIDTH: tl.constexpr,
     WARPS: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     thread = tl.arange(0, 32 * WARPS)
     band = tl.program_id(0) * (WARPS // 2) + thread // 64
@@ -38,9 +41,26 @@ def _expert_wgmma_kernel(
     stop = tl.load(groups_ptr + number * 4 + 2, volatile=True)
     if start < stop:
         first = (expert * bands + tl.minimum(band, bands - 1)) * blocks
-        source = x_ptr.to(tl.int64) + number * blocks * _CHUNK
-        sums, q = multiply_bands(tiles_ptr, norms_ptr, table_ptr, source, first, blocks, thread, WIDTH, 64, 1, WARPS)
-        row = band * 32 + thread // 32 % 2 * 16 + thread % 32 // 4
+        sums, q, _ = multiply_bands(
+            tiles_ptr,
+            norms_ptr,
+            table_ptr,
+            x_ptr,
+            number * blocks,
+            first,
+            blocks,
+            thread,
+            WIDTH,
+            _ROWS,
+            1,
+            WARPS,
+            SHARED,
+        )
+        g = thread % 32 // 4
+        half = thread // 32 % 2
+        halves = halves_ptr + number * _ROWS * stride
+        sums = add_halves(sums, norms_ptr, halves, first, blocks, stride, g, half, q, _ROWS // 8)
+        row = band * 32 + half * 16 + g
         for i in tl.static_range(8):
             for e in tl.static_range(2):
                 member = start + i * 8 + 2 * q + e
@@ -55,6 +75,7 @@ def _expert_wgmma_kernel(
 
 def expert_wgmma(
     words: torch.Tensor,
+    halves: torch.Tensor,
     grouped: Grouped,
     out: torch.Tensor,
     tiles: torch.Tensor,
@@ -69,13 +90,16 @@ def expert_wgmma(
         norms_ptr=tile_norms.view(torch.int32),
         table_ptr=table,
         x_ptr=words,
+        halves_ptr=halves.view(torch.int32),
         order_ptr=grouped.order,
         groups_ptr=grouped.groups,
         out_ptr=out,
         bands=bands,
         blocks=tiles.shape[0] // (bands * experts),
+        stride=halves.shape[1] // 2,
         WIDTH=tiles.shape[1] // PLANE_WORDS,
         WARPS=_FORM.warps,
+        SHARED=_FORM.shared_bytes,
         num_warps=_FORM.warps,
         enable_fp_fusion=True,
         num_stages=1,

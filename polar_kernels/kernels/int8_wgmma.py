@@ -3,7 +3,7 @@
 A warpgroup takes 64 rows of the weight and 64, 128 or 256 of x, which travel through a ring in shared memory (`ring`).
 It decodes a block of K, multiplies, and turns the integer sums into floats, times the norm of the weight's row and the
 scale of x's row. Each of these waits for the one before; several warpgroups of a multiprocessor take turns.
-`wgmma_forms` has the ways to cut a product into programs.
+`wgmma_forms` has the ways to cut a product into programs, `wgmma_output` what happens to the sums in the end.
 
 Where the weight has too few rows to fill the GPU, programs split the blocks of K, and a second kernel adds up.
 """
@@ -17,46 +17,45 @@ from triton.language.extra.cuda import gdc_wait
 
 from polar_kernels.kernels.decode_int8 import decode_half_tile
 from polar_kernels.kernels.ptx import load_cached, wait_for_previous_kernel
-from polar_kernels.kernels.quantize_activation import quantize_chunks
+from polar_kernels.kernels.quantize_chunks import quantize_chunks
 from polar_kernels.kernels.ring import (
-    CHUNK_BYTES,
-    add_scaled,
+    choose_slots,
+    chunk_words,
     fill_slot,
-    load_pairs,
+    load_scales,
+    next_slot,
     open_ring,
     release_slot,
+    reserve_shared,
+    scales_of,
     wait_for_slot,
 )
 from polar_kernels.kernels.tile_access import load_half_tile, norm_of
 from polar_kernels.kernels.wgmma_forms import Form, choose_cut
+from polar_kernels.kernels.wgmma_output import add_bias, add_halves, store_each, store_lines
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
-_SLOTS = tl.constexpr(5)
-_CHUNK = tl.constexpr(CHUNK_BYTES)
 _SUM_SIZE = 1024
 
 
 def _start_code(rows: int) -> str:
     """PTX: start 64 rows of the weight by one 128-block, 16 registers a thread, times 64 or 128 rows of x.
 
-    $0..: the sums of a thread, as bits of 12582912 + sum; then the 16 registers and the addresses of the chunks.
+    $0..: the sums of a thread; then the 16 registers and the address of x in shared memory.
     """
-    count, chunks = rows // 2, rows // 64
+    count = rows // 2
     sums = ", ".join(f"${i}" for i in range(count))
-    # The descriptor's upper half: bytes from 8 rows to the next, over 16, and the swizzle, of 128 or 64 bytes.
-    upper = 0x40000040 if rows == 64 else 0x80000020
     code = [
-        "{ .reg .b32 at; .reg .b64 x; .reg .pred p; setp.eq.b32 p, 0, 0;",
-        *(f"mov.b32 ${i}, 0x4B400000;" for i in range(count)),
-        "wgmma.fence.sync.aligned;",
+        "{ .reg .b32 at; .reg .b64 x; .reg .pred p; setp.ne.b32 p, 0, 0; wgmma.fence.sync.aligned;",
+        f"shr.u32 at, ${count + 16}, 4; or.b32 at, at, 0x10000;",
     ]
     for step in range(4):
-        chunk, inside = divmod(step, 4 // chunks)
-        if inside == 0:
-            code.append(f"shr.u32 at, ${count + 16 + chunk}, 4; or.b32 at, at, 0x10000;")
         a = ", ".join(f"${count + 4 * step + i}" for i in range(4))
-        code.append(f"mov.b64 x, {{at, {upper}}};")
+        # The descriptor's upper half: bytes from 8 rows to the next, over 16, and the swizzle of 128 bytes.
+        code.append("mov.b64 x, {at, 0x40000040};")
         code.append(f"wgmma.mma_async.sync.aligned.m64n{rows}k32.s32.s8.s8 {{{sums}}}, {{{a}}}, x, p;")
+        if step == 0:  # the first product is not added to what was there
+            code.append("setp.eq.b32 p, 0, 0;")
         code.append("add.u32 at, at, 2;")
     code.append("wgmma.commit_group.sync.aligned; }")
     return " ".join(code)
@@ -64,19 +63,29 @@ def _start_code(rows: int) -> str:
 
 _START_64, _START_128 = tl.constexpr(_start_code(64)), tl.constexpr(_start_code(128))
 _START_64_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 32 + ["r"] * 17))
-_START_128_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 64 + ["r"] * 18))
+_START_128_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 64 + ["r"] * 17))
 _FINISH_64_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 32 + [str(i) for i in range(32)]))
 _FINISH_128_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 64 + [str(i) for i in range(64)]))
 _TYPES_64, _TYPES_128 = tl.constexpr((tl.int32,) * 32), tl.constexpr((tl.int32,) * 64)
 _FINISH = tl.constexpr("wgmma.wait_group.sync.aligned 0;")
+# Four sums $0..$3 plus the integers $8..$11 times the scales of two rows of x and the norms of two of the weight.
+_ADD_SCALED = tl.constexpr(
+    "{ .reg .f32 product, factor;"
+    + " ".join(
+        f"cvt.rn.f32.s32 product, ${8 + i}; mul.f32 factor, ${12 + i % 2}, ${14 + i // 2};"
+        f"fma.rn.f32 ${i}, product, factor, ${i};"
+        for i in range(4)
+    )
+    + " }"
+)
 
 
 @triton.jit
-def _start(a, chunks, ROWS: tl.constexpr):
+def _start(a, x, ROWS: tl.constexpr):
     if ROWS == 64:
-        return tl.inline_asm_elementwise(_START_64, _START_64_CONSTRAINTS, a + chunks, _TYPES_64, False, 1)
+        return tl.inline_asm_elementwise(_START_64, _START_64_CONSTRAINTS, a + (x,), _TYPES_64, False, 1)
     else:
-        return tl.inline_asm_elementwise(_START_128, _START_128_CONSTRAINTS, a + chunks, _TYPES_128, False, 1)
+        return tl.inline_asm_elementwise(_START_128, _START_128_CONSTRAINTS, a + (x,), _TYPES_128, False, 1)
 
 
 @triton.jit
@@ -89,49 +98,38 @@ def _finish(products, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _next_slot(slot, parity):
-    last = slot == _SLOTS - 1
-    return tl.where(last, 0, slot + 1), tl.where(last, parity ^ 1, parity)
+def _add_scaled(sums, products, at: tl.constexpr, scales, n0, n1):
+    """Sums `at` .. at + 3 plus the products of two rows of x and two of the weight, times their scales and norms.
+
+    One block of assembly, so that a sum stays in its register.
+    """
+    return tl.inline_asm_elementwise(
+        _ADD_SCALED,
+        "=f,=f,=f,=f,0,1,2,3,r,r,r,r,f,f,f,f",
+        [
+            sums[at], sums[at + 1], sums[at + 2], sums[at + 3],
+            products[at], products[at + 1], products[at + 2], products[at + 3],
+            scales[0], scales[1], n0, n1,
+        ],
+        (tl.float32, tl.float32, tl.float32, tl.float32),
+        False,
+        1,
+    )  # fmt: skip
 
 
 @triton.jit
-def _refill(ring, slot, parity, done, late: tl.constexpr, count, source, thread):
-    """Start copying a later chunk into the slot of `late` chunks ago, once all warps have left it."""
-    slot -= late
+def _refill(ring, slot, parity, done, count, source, thread, ROWS: tl.constexpr, SLOTS: tl.constexpr):
+    """Start copying a later chunk into the slot of some chunks ago, once all warps have left it.
+
+    Of two chunks ago, so that a warpgroup that lags is not waited for; with few slots of the last.
+    """
+    LATE: tl.constexpr = 2 if SLOTS > 3 else 1
+    slot -= LATE
     parity = tl.where(slot < 0, parity ^ 1, parity)
-    slot = tl.where(slot < 0, slot + _SLOTS, slot)
-    later = done - late + _SLOTS
-    copies = ((thread == 0) & (done >= late) & (later < count)).to(tl.int32)
-    fill_slot(ring, slot, parity, copies, source + later.to(tl.int64) * _CHUNK, _SLOTS, True)
-
-
-@triton.jit
-def _multiply_block(sums, a, n0, n1, ring, slot, parity, done, count, source, thread, ROWS: tl.constexpr):
-    """A thread's sums with one block of K times ROWS rows of x added. done, count: chunks before it, and in all."""
-    lane = thread % 32
-    first = wait_for_slot(ring, slot, parity, _SLOTS)
-    chunks = (first,)
-    second_slot = slot
-    next_slot, next_parity = _next_slot(slot, parity)
-    if ROWS == 128:
-        chunks = (first, wait_for_slot(ring, next_slot, next_parity, _SLOTS))
-        second_slot = next_slot
-        next_slot, next_parity = _next_slot(next_slot, next_parity)
-    products = _start(a, chunks, ROWS)
-    # While the tensor cores work: the chunks of the block before, or of one more where a block is one chunk, have been
-    # left by all warps but those of a warpgroup that lags.
-    _refill(ring, slot, parity, done, 2, count, source, thread)
-    if ROWS == 128:
-        _refill(ring, slot, parity, done, 1, count, source, thread)
-    products = _finish(products, ROWS)
-    added = ()
-    for i in tl.static_range(ROWS // 8):
-        pairs = load_pairs(chunks[i // 8], i % 8, lane % 4)
-        added = added + add_scaled(sums, products, 4 * i, pairs, n0, n1)
-    release_slot(ring, slot, lane, _SLOTS)
-    if ROWS == 128:
-        release_slot(ring, second_slot, lane, _SLOTS)
-    return added, next_slot, next_parity, done + ROWS // 64
+    slot = tl.where(slot < 0, slot + SLOTS, slot)
+    later = done - LATE + SLOTS
+    copies = ((thread == 0) & (done >= LATE) & (later < count)).to(tl.int32)
+    fill_slot(ring, slot, parity, copies, source + later.to(tl.int64) * (4 * chunk_words(ROWS)), ROWS, SLOTS, True)
 
 
 @triton.jit
@@ -139,7 +137,8 @@ def multiply_bands(
     tiles_ptr,
     norms_ptr,
     table_ptr,
-    source,
+    x_ptr,
+    first_chunk,
     first,
     count,
     thread,
@@ -147,29 +146,34 @@ def multiply_bands(
     ROWS: tl.constexpr,
     PRODUCTS: tl.constexpr,
     WARPS: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
-    """Two warps a band times the program's rows of x: ROWS / 2 * PRODUCTS sums a thread, rows g and g + 8 of half a
-    band times rows 8 i + 2 q and the next of x in every four; and q.
+    """Two warps a band times the program's rows of x: ROWS / 2 * PRODUCTS sums a thread, as `wgmma_output` has them,
+    the halves of the levels left out; q; and the address of SHARED bytes of shared memory.
 
-    first: a thread's first tile, after which come count - 1 more; source: address of the first chunk of x. Waits for
-    the kernel before, which writes x, and starts to read weights before that.
+    first: a thread's first tile, after which come count - 1 more; first_chunk: the number of the program's first chunk.
+    Waits for the kernel before, which writes x, and starts to read weights before that.
     """
+    SLOTS: tl.constexpr = choose_slots(ROWS, SHARED)
+    SUMS: tl.constexpr = ROWS // 2  # of a product
+    reserve_shared(x_ptr, count < 0, thread, SHARED)
     lane = thread % 32
     half = thread // 32 % 2
     last = first + count - 1
     tile = load_half_tile(tiles_ptr, norms_ptr, first, half, lane, WIDTH)
     table = load_cached(table_ptr + thread * 0)
-    ring = open_ring(thread, _SLOTS, WARPS)
+    ring = open_ring(thread, ROWS, SLOTS, WARPS)
     # Everything above was there before; x comes from the kernel before this one.
     q = lane % 4 + wait_for_previous_kernel(thread)
-    chunks = count * (ROWS // 64 * PRODUCTS)
-    for chunk in tl.static_range(_SLOTS):
-        copies = ((thread == 0) & (chunk < chunks)).to(tl.int32)
-        fill_slot(ring, chunk, 0, copies, source + chunk * _CHUNK, _SLOTS, False)
-    sums0 = ()
-    for _ in tl.static_range(ROWS // 2):
-        sums0 = sums0 + (tl.zeros(lane.shape, tl.float32),)
-    sums1 = sums0
+    chunks = count * PRODUCTS
+    source = x_ptr.to(tl.int64) + first_chunk.to(tl.int64) * (4 * chunk_words(ROWS))
+    for filled in tl.static_range(SLOTS):
+        copies = ((thread == 0) & (filled < chunks)).to(tl.int32)
+        fill_slot(ring, filled, 0, copies, source + filled * (4 * chunk_words(ROWS)), ROWS, SLOTS, False)
+    sums = ()
+    for _ in tl.static_range(SUMS * PRODUCTS):
+        sums = sums + (tl.zeros(lane.shape, tl.float32),)
+    first_scales = scales_of(ring, q, ROWS, SLOTS)
     slot = 0
     parity = 0
     done = 0
@@ -178,62 +182,68 @@ def multiply_bands(
         n0 = norm_of(tile[3], 0)
         n1 = norm_of(tile[3], 16)
         tile = load_half_tile(tiles_ptr, norms_ptr, tl.minimum(first + step + 1, last), half, lane, WIDTH)
-        sums0, slot, parity, done = _multiply_block(
-            sums0, a, n0, n1, ring, slot, parity, done, chunks, source, thread, ROWS
-        )
-        if PRODUCTS == 2:
-            sums1, slot, parity, done = _multiply_block(
-                sums1, a, n0, n1, ring, slot, parity, done, chunks, source, thread, ROWS
-            )
-    sums = sums0
-    if PRODUCTS == 2:
-        sums = sums0 + sums1
-    return sums, q
+        added = ()
+        for product in tl.static_range(PRODUCTS):
+            products = _start(a, wait_for_slot(ring, slot, parity, ROWS, SLOTS), ROWS)
+            _refill(ring, slot, parity, done, chunks, source, thread, ROWS, SLOTS)
+            products = _finish(products, ROWS)
+            own = sums[SUMS * product : SUMS * product + SUMS]
+            for group in tl.static_range(ROWS // 8):
+                scales = load_scales(first_scales, slot, group, ROWS)
+                added = added + _add_scaled(own, products, 4 * group, scales, n0, n1)
+            release_slot(ring, slot, lane, ROWS, SLOTS)
+            slot, parity = next_slot(slot, parity, SLOTS)
+            done += 1
+        sums = added
+    return sums, q, ring
 
 
-@triton.jit(do_not_specialize=["M", "N", "blocks", "split_blocks"])
+@triton.jit(do_not_specialize=["M", "N", "blocks", "split_blocks", "stride"])
 def _int8_wgmma_kernel(
     tiles_ptr,
     norms_ptr,
     table_ptr,
     x_ptr,
+    halves_ptr,
     bias_ptr,
     out_ptr,
     M,
     N,
     blocks,
     split_blocks,
+    stride,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     PRODUCTS: tl.constexpr,
     WARPS: tl.constexpr,
+    SHARED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    LINES: tl.constexpr,
 ):
+    GROUPS: tl.constexpr = ROWS // 8 * PRODUCTS
     thread = tl.arange(0, 32 * WARPS)
+    g = thread % 32 // 4
+    half = thread // 32 % 2
     band = tl.program_id(1) * (WARPS // 2) + thread // 64
     first_block = tl.program_id(2) * split_blocks
     count = tl.minimum(blocks - first_block, split_blocks)
     first = tl.minimum(band, tl.cdiv(N, 32) - 1) * blocks + first_block
-    program_bytes: tl.constexpr = _CHUNK * (ROWS // 64 * PRODUCTS)  # of a block of K
-    source = x_ptr.to(tl.int64) + (tl.program_id(0).to(tl.int64) * blocks + first_block) * program_bytes
-    sums, q = multiply_bands(
-        tiles_ptr, norms_ptr, table_ptr, source, first, count, thread, WIDTH, ROWS, PRODUCTS, WARPS
+    first_chunk = (tl.program_id(0).to(tl.int64) * blocks + first_block) * PRODUCTS
+    sums, q, shared = multiply_bands(
+        tiles_ptr, norms_ptr, table_ptr, x_ptr, first_chunk, first, count, thread, WIDTH, ROWS, PRODUCTS, WARPS, SHARED
     )
-    row = band * 32 + thread // 32 % 2 * 16 + thread % 32 // 4
-    bias0 = tl.zeros(thread.shape, tl.float32)
-    bias1 = tl.zeros(thread.shape, tl.float32)
+    first_row = tl.program_id(0) * (ROWS * PRODUCTS)
+    halves = halves_ptr + first_row.to(tl.int64) * stride + first_block // 2
+    sums = add_halves(sums, norms_ptr, halves, first, count, stride, g, half, q, GROUPS)
+    row = band * 32 + half * 16 + g
     if HAS_BIAS:
-        bias0 = tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
-        bias1 = tl.load(bias_ptr + row + 8, mask=row + 8 < N, other=0.0).to(tl.float32)
-    out_ptr += tl.program_id(2).to(tl.int64) * M * N
-    for i in tl.static_range(ROWS // 8 * PRODUCTS):
-        for e in tl.static_range(2):
-            column = tl.program_id(0) * (ROWS * PRODUCTS) + i * 8 + 2 * q + e
-            out = out_ptr + column.to(tl.int64) * N + row
-            y0 = sums[4 * i + e] + bias0
-            y1 = sums[4 * i + 2 + e] + bias1
-            tl.store(out, y0.to(out_ptr.dtype.element_ty), mask=(column < M) & (row < N))
-            tl.store(out + 8, y1.to(out_ptr.dtype.element_ty), mask=(column < M) & (row + 8 < N))
+        sums = add_bias(sums, bias_ptr, row, N, GROUPS)
+    if LINES:
+        first_column = tl.program_id(1) * (16 * WARPS)
+        store_lines(sums, out_ptr, shared, thread, first_row, first_column, M, N, GROUPS, WARPS)
+    else:
+        out = out_ptr + tl.program_id(2).to(tl.int64) * M * N
+        store_each(sums, out, first_row, row, q, M, N, GROUPS)
 
 
 @triton.jit(do_not_specialize=["splits", "size", "N"])
@@ -262,14 +272,12 @@ def int8_wgmma_linear(
 ) -> torch.Tensor:
     """x [M, K] contiguous, bf16 or fp16, times the transposed weight, plus bias: [M, N] in x's dtype.
 
-    cut: the form, and how many programs share the blocks of K at most; chosen by shape when None.
+    cut: the form, and how many blocks of K a program takes at most, a multiple of SPLIT_BLOCKS; by shape when None.
     """
     rows = x.shape[0]
     blocks = tiles.shape[0] // triton.cdiv(out_features, TILE_ROWS)
-    form, splits = cut or choose_cut(rows, out_features, blocks, _multiprocessors(x.device))
-    product_rows = min(form.rows, 128)
-    words = quantize_chunks(x, awq_scales, table, product_rows, form.rows // product_rows)
-    split_blocks = triton.cdiv(blocks, splits)
+    form, split_blocks = cut or choose_cut(rows, out_features, blocks, _multiprocessors(x.device))
+    words, halves = quantize_chunks(x, awq_scales, table, form.product_rows, form.products)
     splits = triton.cdiv(blocks, split_blocks)
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     parts = out if splits == 1 else torch.empty(splits, rows, out_features, dtype=torch.float32, device=x.device)
@@ -278,17 +286,21 @@ def int8_wgmma_linear(
         norms_ptr=tile_norms.view(torch.int32),
         table_ptr=table,
         x_ptr=words,
+        halves_ptr=halves.view(torch.int32),
         bias_ptr=bias if splits == 1 else None,
         out_ptr=parts,
         M=rows,
         N=out_features,
         blocks=blocks,
         split_blocks=split_blocks,
+        stride=halves.shape[1] // 2,
         WIDTH=tiles.shape[1] // PLANE_WORDS,
-        ROWS=product_rows,
-        PRODUCTS=form.rows // product_rows,
+        ROWS=form.product_rows,
+        PRODUCTS=form.products,
         WARPS=form.warps,
+        SHARED=form.shared_bytes,
         HAS_BIAS=bias is not None and splits == 1,
+        LINES=splits == 1 and out_features % 8 == 0,
         num_warps=form.warps,
         enable_fp_fusion=True,
         num_stages=1,

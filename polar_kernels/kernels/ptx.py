@@ -32,6 +32,7 @@ _PACK_F16 = tl.constexpr("cvt.rn.f16x2.f32 $0, $1, $2;")
 _STORE = tl.constexpr(
     "{ .reg .pred p; setp.ne.u32 p, $6, 0; mov.b32 $0, 0; @p st.global.v4.b32 [$1], {$2, $3, $4, $5}; }"
 )
+_STORE_TWO = tl.constexpr("{ .reg .pred p; setp.ne.u32 p, $4, 0; mov.b32 $0, 0; @p st.global.v2.b32 [$1], {$2, $3}; }")
 _SWAP_LANES = tl.constexpr("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;")
 
 
@@ -127,6 +128,12 @@ def store_four(pointer, w0, w1, w2, w3, keep):
     return tl.inline_asm_elementwise(
         _STORE, "=r,l,r,r,r,r,r", [pointer.to(tl.int64), w0, w1, w2, w3, keep], tl.int32, False, 1
     )
+
+
+@triton.jit
+def store_two(pointer, w0, w1, keep):
+    """Two words, where `keep` is not 0. Returns nothing of use."""
+    return tl.inline_asm_elementwise(_STORE_TWO, "=r,l,r,r,r", [pointer.to(tl.int64), w0, w1, keep], tl.int32, False, 1)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 | rows of x | int8 | exact |
 |---|---|---|
 | 1 to 32, to 64 of a small weight | int8_matmul | exact_matmul, 16 at a time, to 48 |
-| to 512, to 256 of a small weight, on Hopper | int8_wgmma | dense |
+| to 1536, to 256 of a tiny weight, on Hopper | int8_wgmma | dense |
 | more | dense | dense |
 
 dense: the weight dequantised, a part at a time, into one buffer that cuBLAS multiplies by. fp32 takes the plain kernel.
@@ -28,7 +28,8 @@ from polar_kernels.tiles import TILE_ROWS, untile_weight
 _EXACT_ROWS = 3 * exact_matmul.MAX_ROWS
 _NARROW_ROWS = 32  # int8_matmul; twice as many where the weight is small: has at most so many tiles
 _SMALL_TILES = 4096
-_WGMMA_ROWS = 256  # twice as many where it has more
+_WGMMA_ROWS = 1536
+_TINY_WGMMA_ROWS, _TINY_TILES = 256, 1024  # where the weight is tiny: has at most so many tiles
 _NARROW_ONLY_ROWS = 2 * int8_matmul.MAX_ROWS  # int8_matmul on GPUs without wgmma
 _SCRATCH_BYTES = 64 << 20  # of dense weight that a dense product holds at a time, at most
 _SCRATCH_PRODUCT = 1 << 23  # outputs of a part: about two waves of cuBLAS's tiles on a Hopper GPU
@@ -63,7 +64,7 @@ def tiled_linear(
     if rows <= (2 * _NARROW_ROWS if small else _NARROW_ROWS):
         return int8_linear(x, *weight)
     wgmma = has_wgmma(x.device)
-    most = (_WGMMA_ROWS if small else 2 * _WGMMA_ROWS) if wgmma else _NARROW_ONLY_ROWS
+    most = (_TINY_WGMMA_ROWS if len(tiles) <= _TINY_TILES else _WGMMA_ROWS) if wgmma else _NARROW_ONLY_ROWS
     if can_be_dense and rows > most:
         return _dense_linear(x, *weight)
     return int8_wgmma_linear(x, *weight) if wgmma else _in_parts(int8_linear, int8_matmul.MAX_ROWS, x, weight)

@@ -21,7 +21,8 @@ from polar_kernels.kernels import expert_matmul, expert_wgmma
 from polar_kernels.kernels import experts as stored
 from polar_kernels.kernels.expert_groups import group_pairs
 from polar_kernels.kernels.expert_pairs import expert_pairs
-from polar_kernels.kernels.quantize_activation import quantize_activation, quantize_grouped
+from polar_kernels.kernels.quantize_activation import quantize_activation
+from polar_kernels.kernels.quantize_grouped import GROUP_ROWS, quantize_grouped
 from polar_kernels.kernels.rotate_activation import rotate_activation
 from polar_kernels.kernels.tiled import has_wgmma
 from polar_kernels.tiles import untile_weight
@@ -117,12 +118,12 @@ def _many(
     grouped = group_pairs(index.view(-1), count, _choose_group_rows(index.numel(), count, exact, wgmma))
     both = x.new_empty(index.numel(), 2 * middle)
     made = x.new_empty(index.numel(), x.shape[1])
-    if grouped.rows == expert_wgmma.GROUP_ROWS:
+    if grouped.rows == GROUP_ROWS:
         for source, weight, out in ((x, gate_up, both), (both, down, made)):
             gated = source is both
             scales, table = weight.awq_scales, weight.level_table
-            words = quantize_grouped(source, scales, table, grouped.places, len(grouped.groups), gated=gated)
-            expert_wgmma.expert_wgmma(words, grouped, out, weight.tiles, weight.tile_norms, table, count)
+            parts = quantize_grouped(source, scales, table, grouped.places, len(grouped.groups), gated=gated)
+            expert_wgmma.expert_wgmma(*parts, grouped, out, weight.tiles, weight.tile_norms, table, count)
     else:
         for source, weight, out in ((x, gate_up, both), (both, down, made)):
             words, meta = _rotated(source, weight, exact, gated=source is both, routed=True)
@@ -165,7 +166,7 @@ def _choose_group_rows(pairs: int, count: int, exact: bool, wgmma: bool) -> int:
         return 8
     if exact or pairs <= 20 * count:
         return 16
-    return expert_wgmma.GROUP_ROWS if wgmma else 32
+    return GROUP_ROWS if wgmma else 32
 
 
 def _stored(weight: Tiled, count: int, out_features: int) -> Any:

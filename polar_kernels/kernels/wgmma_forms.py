@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
+SPLIT_BLOCKS = 8  # programs share the blocks of K by so many
+
 
 @dataclass(frozen=True)
 class Form:
@@ -16,30 +18,51 @@ class Form:
     resident: int
     block_time: float
 
+    @property
+    def product_rows(self) -> int:
+        """Rows of x that one instruction multiplies by."""
+        return min(self.rows, 128)
 
-FORMS = (Form(64, 8, 128, 2, 1.20), Form(128, 4, 168, 3, 1.48), Form(128, 8, 255, 1, 1.07), Form(256, 8, 255, 1, 1.88))
+    @property
+    def products(self) -> int:
+        return self.rows // self.product_rows
+
+    @property
+    def shared_bytes(self) -> int:
+        """A power of two, so that all resident programs fit."""
+        return 1 << 17 if self.resident == 1 else 1 << 16
+
+
+FORMS = (Form(64, 8, 128, 2, 1.08), Form(128, 4, 168, 3, 1.32), Form(128, 8, 255, 1, 0.82), Form(256, 8, 255, 1, 1.46))
+_START_TIME = 4.0  # microseconds of a program outside its loop
 
 
 @lru_cache(maxsize=4096)
 def choose_cut(rows: int, out_features: int, blocks: int, multiprocessors: int) -> tuple[Form, int]:
-    """The form, and how many programs share the blocks of K. Figures measured on an H100."""
+    """The form, and how many blocks of K a program takes at most. Figures measured on an H100."""
     if rows <= FORMS[0].rows:
         # About three programs a multiprocessor: while one starts or ends, two are at work.
         programs = _cdiv(out_features, 16 * FORMS[0].warps)
         splits = 1
         while programs * splits * 2 <= 3 * multiprocessors and splits * 4 <= blocks:
             splits *= 2
-        return FORMS[0], splits
-    cuts = [(form, splits) for form in FORMS[1:] for splits in range(1, max(2, min(blocks // 2, 16) + 1))]
+        return FORMS[0], _split_blocks(blocks, splits)
+    shares = range(1, max(2, min(blocks // SPLIT_BLOCKS, 16) + 1))
+    cuts = [(form, _split_blocks(blocks, share)) for form in FORMS[1:] for share in shares]
     return min(cuts, key=lambda cut: _predict(cut[0], cut[1], rows, out_features, blocks, multiprocessors))
 
 
-def _predict(form: Form, splits: int, rows: int, out_features: int, blocks: int, multiprocessors: int) -> float:
+def _predict(form: Form, split_blocks: int, rows: int, out_features: int, blocks: int, multiprocessors: int) -> float:
     """Microseconds of the product without the rotation: as many waves of programs as it takes, and the adding up."""
+    splits = _cdiv(blocks, split_blocks)
     programs = _cdiv(rows, form.rows) * _cdiv(out_features, 16 * form.warps) * splits
     waves = _cdiv(programs, form.resident * multiprocessors)
     adding = 1.5 + splits * rows * out_features * 8 / 4e6 if splits > 1 else 0.0
-    return waves * _cdiv(blocks, splits) * form.block_time + adding
+    return waves * (split_blocks * form.block_time + _START_TIME) + adding
+
+
+def _split_blocks(blocks: int, splits: int) -> int:
+    return _cdiv(_cdiv(blocks, splits), SPLIT_BLOCKS) * SPLIT_BLOCKS
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from polar_kernels import ArgumentError, PolarWeight, QuantizationError, quantize_weight, reference
+from polar_kernels import ArgumentError, PolarWeight, QuantizationError, feedback, quantize_weight, reference
 from polar_kernels import quantize as quantize_module
+from polar_kernels.codebook import lloyd_max_levels
 
 N, K = 60, 300
 
@@ -124,3 +125,25 @@ def test_norms_that_fp16_cannot_hold(inputs, weight) -> None:
         quantize_weight(weight * 1e5, 5, moments=moments_of(inputs))
     with pytest.raises(QuantizationError, match="too small for fp16"):
         quantize_weight(weight * 1e-9, 5, moments=moments_of(inputs))
+
+
+@pytest.mark.parametrize(("bits", "swept"), [(3, True), (5, False)])
+def test_the_kernel_settles_columns_as_torch_does(device: torch.device, bits: int, swept: bool) -> None:
+    from polar_kernels.kernels.settle import settle as settle_in_kernel
+
+    table = lloyd_max_levels(bits).to(device)
+    targets, before = torch.randn(2, 13, 128, device=device)
+    scales = torch.rand(13, 128, device=device) + 0.5
+    scales[5] = 0
+    coupling = 0.05 * torch.randn(128, 128, device=device)
+    coupling = coupling - coupling.diagonal().diag() if swept else coupling.triu(1)
+    given = before if swept else None
+    expected_targets, found_targets = targets.to("cpu", copy=True), targets.clone()
+    expected = feedback.settle(
+        expected_targets, given if given is None else given.cpu(), scales.cpu(), coupling.cpu(), table.cpu()
+    )
+    found = settle_in_kernel(found_targets, given, scales, coupling, table)
+    same = (found.cpu() == expected).all(1)
+    assert same.float().mean() > 0.8  # a sum rounded otherwise may tip a code, and with it the row
+    assert torch.allclose(found_targets.cpu()[same], expected_targets[same], atol=1e-4)
+    assert not torch.equal(expected_targets, targets.cpu())

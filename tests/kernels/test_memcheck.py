@@ -22,12 +22,16 @@ for bits in (4, 5):
         layer.activation = activation
         for rows in (1, 9, 40):
             layer(torch.randn(rows, 392, device="cuda").half())
-    parts = (layer.tiles, layer.tile_norms, layer.awq_scales, layer.level_table, layer.bias)
-    if torch.cuda.get_device_capability() == (9, 0):
-        for form in FORMS:
-            for splits in (1, 2):
-                int8_wgmma_linear(torch.randn(70, 392, device="cuda").half(), *parts, 70, (form, splits))
     layer.dequantize()
+    if torch.cuda.get_device_capability() == (9, 0):
+        for rows, columns in ((70, 1160), (72, 1280)):
+            linear = torch.nn.Linear(columns, rows, device="cuda")
+            layer = PolarLinear.from_linear(linear, bits, awq_scales=torch.ones(columns))
+            parts = (layer.tiles, layer.tile_norms, layer.awq_scales, layer.level_table, layer.bias)
+            for form in FORMS:
+                for split_blocks in (8, 16):
+                    x = torch.randn(70, columns, device="cuda").half()
+                    int8_wgmma_linear(x, *parts, rows, (form, split_blocks))
     stacks = torch.randn(3, 96, 160, device="cuda"), torch.randn(3, 160, 48, device="cuda")
     layer = PolarExperts(*(PolarExpertProjection.from_dense(stack, bits) for stack in stacks))
     assert layer.down_proj.tiles is not None

@@ -15,7 +15,7 @@ from polar_kernels import (
 )
 from polar_kernels.kernels import tiled as kernels_tiled
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
-from polar_kernels.kernels.wgmma_forms import FORMS, Form, choose_cut
+from polar_kernels.kernels.wgmma_forms import FORMS, SPLIT_BLOCKS, Form, choose_cut
 from polar_kernels.tiles import level_table, tile_weight, untile_weight
 
 BITS = [2, 3, 4, 5]
@@ -93,7 +93,7 @@ def test_exact_product(device, poisoned, tiled, relative_error, rows: int, dtype
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.rows}x{form.warps}")
-@pytest.mark.parametrize("shape", [(40, 128), (257, 1152), (4096, 384), (520, 4096)])
+@pytest.mark.parametrize("shape", [(40, 128), (257, 1152), (70, 200), (4096, 384), (520, 4096)])
 @pytest.mark.parametrize("rows", [1, 63, 65, 128, 300])
 def test_wgmma(device, poisoned, tiled, relative_error, shape: tuple[int, int], rows: int, form: Form) -> None:
     """However the product is cut into programs, and however many of those share the blocks of K."""
@@ -101,11 +101,27 @@ def test_wgmma(device, poisoned, tiled, relative_error, shape: tuple[int, int], 
         pytest.skip("wgmma is Hopper's")
     tiles, stored = tiled(*shape)
     x = torch.randn(rows, shape[1], device=device).bfloat16()
+    x[rows // 2, -1] = torch.nan
     offset = torch.randn(shape[0], device=device)
     exact = reference.linear(x.double(), *stored, offset)
-    for cut in (None, (form, 1), (form, 2), (form, 5)):
-        y = int8_wgmma_linear(x, *tiles[:4], offset, shape[0], cut)
-        assert relative_error(y, exact) < 1.2 * INT8_ERROR  # one block of K varies more
+    sound = torch.arange(rows, device=device) != rows // 2
+    for cut in (None, (form, 64), (form, 16), (form, 8)):
+        for dtype in (torch.bfloat16, torch.float16):
+            y = int8_wgmma_linear(x.to(dtype), *tiles[:4], offset, shape[0], cut)
+            assert y.dtype == dtype
+            assert y[rows // 2].isnan().all()
+            if rows > 1:
+                assert relative_error(y[sound], exact[sound]) < 1.2 * INT8_ERROR  # one block of K varies more
+
+
+@pytest.mark.gpu
+def test_wgmma_of_rows_that_start_anywhere(device, poisoned, tiled, relative_error) -> None:
+    """x whose first element is not at a multiple of 16 bytes."""
+    tiles, stored = tiled(96, 256)
+    x = torch.randn(70 * 256 + 1, device=device).bfloat16()[1:].view(70, 256)
+    exact = reference.linear(x.double(), *stored, None)
+    if torch.cuda.get_device_capability(device) == (9, 0):
+        assert relative_error(int8_wgmma_linear(x, *tiles[:4], None, 96), exact) < 1.2 * INT8_ERROR
 
 
 @pytest.mark.parametrize("rows", [33, 64, 65, 128, 129, 512])
@@ -113,13 +129,15 @@ def test_wgmma(device, poisoned, tiled, relative_error, shape: tuple[int, int], 
 @pytest.mark.parametrize("out_features", [1, 1024, 12288, 248320])
 def test_the_cut_fills_the_gpu(rows: int, blocks: int, out_features: int) -> None:
     """Where K has blocks to share; with no program without one, and no more than one part of a large output."""
-    form, splits = choose_cut(rows, out_features, blocks, 132)
+    form, split_blocks = choose_cut(rows, out_features, blocks, 132)
+    splits = -(-blocks // split_blocks)
     assert form in FORMS
     assert (form.rows == 64) == (rows <= 64)
-    assert 1 <= splits <= max(1, blocks // 2)
+    assert split_blocks > 0
+    assert split_blocks % SPLIT_BLOCKS == 0
     assert out_features < 100_000 or splits == 1
     programs = -(-rows // form.rows) * -(-out_features // (16 * form.warps)) * splits
-    assert programs >= 64 or blocks < 32 or out_features == 1
+    assert programs >= 32 or split_blocks <= 16
 
 
 @pytest.mark.parametrize("bias", [False, True])

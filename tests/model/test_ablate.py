@@ -6,7 +6,6 @@ import os
 import shlex
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -126,8 +125,7 @@ def test_weights_are_those_of_polar_quantize(
     found = calibrate_plan(plan, CALIBRATION_TEXT, "cpu", 2, feedback=feedback)
     quantize_checkpoint(plan, tmp_path / "out", awq_scales=found.awq_scales, moments=found.moments)
     model, calibration = calibrated
-    sites = plan.layers.sites()
-    weights = dict(ablate.quantized_weights(model, variant(name), 3, sites, calibration))
+    weights = dict(ablate.quantized_weights(model, variant(name), plan.layers, calibration))
     loaded = load_model(tmp_path / "out", device="cpu", dtype=torch.float32)
     assert weights.keys() == plan.layers.bits.keys()
     for layer, dense in weights.items():
@@ -142,7 +140,7 @@ def test_the_baseline_is_what_polar_quantize_writes(tiny: Path, calibrated: Any,
     write_absmax(plan, tmp_path / "out")
     model, calibration = calibrated
     written = Checkpoint.open(tmp_path / "out")
-    for layer, dense in ablate.quantized_weights(model, variant("absmax"), 3, plan.layers.sites(), calibration):
+    for layer, dense in ablate.quantized_weights(model, variant("absmax"), plan.layers, calibration):
         torch.testing.assert_close(dense.bfloat16(), written.read(f"{plan.names[layer]}.weight"))
 
 
@@ -156,8 +154,7 @@ def test_rows_of_a_run(calibrated: Any, tiny: Path) -> None:
         calibration,
         tokens,
         model_reference(model, tokens),
-        ablate.plans(tiny, [5, 3]),
-        variants=[variant("absmax"), variant("+ least-squares scale + error feedback")],
+        ablate.steps_of(ablate.plans(tiny, [5, 3]), [5, 3], {}, [variant("absmax"), variant(ablate.FULL)]),
         window=32,
         progress=lambda done, total, _: told.append((done, total)),
     )
@@ -177,13 +174,52 @@ def test_rows_of_a_run(calibrated: Any, tiny: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["absmax + AWQ", "+ least-squares scale + AWQ", ablate.FULL])
+def test_experts_are_those_of_polar_quantize(zoo: Any, name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    source, batch = zoo.checkpoint("qwen3_moe"), torch.randint(0, 500, (4, 32))
+    monkeypatch.setattr("model_patch.quantize.calibrated.calibration_batch", lambda *_: batch)
+    wanted = variant(name)
+    plan = plan_checkpoint(source, PolarQuantConfig(3, modules_to_not_convert=["embed_tokens"]), wanted.awq)
+    model = load_model(source, device="cpu", dtype=torch.float32)
+    calibration = ablate.calibrate_sites(model, batch, plan.layers.sites())
+    weights = dict(ablate.quantized_weights(model, wanted, plan.layers, calibration))
+    experts = "model.layers.1.mlp.experts.down_proj"
+    assert weights.keys() == plan.layers.bits.keys()
+    assert weights[experts].shape == model.get_parameter(experts).shape
+    if name.startswith("absmax"):  # which has no place in the format
+        assert 0 < (weights[experts] - model.get_parameter(experts)).norm() < 0.5 * model.get_parameter(experts).norm()
+        return
+    found = calibrate_plan(plan, CALIBRATION_TEXT, "cpu", 2, feedback=wanted.feedback)
+    quantize_checkpoint(plan, tmp_path / "out", awq_scales=found.awq_scales, moments=found.moments)
+    loaded = load_model(tmp_path / "out", device="cpu", dtype=torch.float32)
+    for layer, dense in weights.items():
+        assert torch.equal(dense, loaded.get_submodule(layer).dequantize(torch.float32)), layer
+
+
+def test_a_variant_that_is_none(tiny: Path) -> None:
+    message = refused(("ablate", tiny, "--calibration", "c", "--text", "t", "--variant", "best"), ConfigError)
+    assert message.startswith("--variant 'best': must be one of 'absmax', ")
+
+
+@pytest.mark.parametrize("free", [10**12, 0])
+def test_where_predictions_are_kept(calibrated: Any, monkeypatch: Any, tmp_path: Path, free: int) -> None:
+    model, _ = calibrated
+    monkeypatch.setattr(ablate, "free_memory", lambda device: free)
+    tokens = torch.randint(0, 4096, (130,), generator=torch.Generator().manual_seed(0))
+    kept = ablate.keep_predictions(model, tokens, 32, 3, tmp_path)
+    for index, ids in enumerate(tokens.split(32)[:3]):
+        expected = model_reference(model, tokens)(index, ids, 31)
+        torch.testing.assert_close(kept(index, ids, 31), expected, rtol=0, atol=1e-3)
+    assert len(list(tmp_path.iterdir())) == (0 if free else 3)
+
+
 def test_the_original_is_named_by_its_dtype(tiny: Path, calibrated: Any, tmp_path: Path) -> None:
     model, calibration = calibrated
     load_model(tiny, device="cpu", dtype=torch.float32).save_pretrained(tmp_path / "wide")
     tokens = torch.randint(0, 4096, (32,), generator=torch.Generator().manual_seed(0))
     expect = model_reference(model, tokens)
-    plans = ablate.plans(tmp_path / "wide", [3])
-    first, row = ablate.run(model, calibration, tokens, expect, plans, variants=[variant(ablate.BASELINE)], window=32)
+    steps = ablate.steps_of(ablate.plans(tmp_path / "wide", [3]), [3], {}, [variant(ablate.BASELINE)])
+    first, row = ablate.run(model, calibration, tokens, expect, steps, window=32)
     assert (first.variant, first.bits, first.bits_per_weight) == ("fp32", 0, 32)
     result = quality.assemble([first, row], torch.device("cpu"), model="wide", text="text")
     assert quality.table(result, 3)[0][:2] == ["fp32", "32.000"]
@@ -215,20 +251,25 @@ def test_command(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setattr(logits_cache, "checkpoint_fingerprint", Mock(side_effect=AssertionError))
     out, doc = tmp_path / "results", tmp_path / "docs" / "quality.md"
     doc.parent.mkdir()
-    sizes = ("--bits", 3, "--window", 64, "--limit", 2)
+    sizes = ("--bits", 3, "--target-bits", 4.5, "--window", 64, "--limit", 2)
     result = run(tiny, *sizes, "--out", out, "--document", doc, "--json")
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
-    assert json.loads((out / "quality-tiny.json").read_text()) == printed
-    assert [row["variant"] for row in printed["rows"]] == ["bf16", *(v.name for v in VARIANTS)]
+    assert json.loads((out / "quality-tiny-2-windows.json").read_text()) == printed
+    assert [row["variant"] for row in printed["rows"]] == ["bf16", *(v.name for v in VARIANTS), *2 * [ablate.FULL]]
+    assert [row["bits"] for row in printed["rows"]] == [0, *(3 for _ in VARIANTS), 4, 4.5]
+    assert [row["bits_per_weight"] for row in printed["rows"][-2:]] == [4.125, pytest.approx(4.62, abs=0.01)]
     assert {(row["windows"], row["window"], row["tokens"]) for row in printed["rows"]} == {(2, 64, 2 * 63)}
     assert all(math.isfinite(row["kl_divergence"]) for row in printed["rows"])
-    assert (out / "quality-tiny.png").stat().st_size > 1000
+    assert (out / "quality-tiny-2-windows.png").stat().st_size > 1000
     text = doc.read_text()
-    assert "(../results/quality-tiny.png)" in text
+    assert "(../results/quality-tiny-2-windows.png)" in text
     assert "Evaluated on 2 windows of 64 tokens of wikitext2.test.excerpt.txt, stride 64, 126 tokens scored" in text
     assert "calibrated on 1 windows of 512 tokens of wikitext2.valid.excerpt.txt" in text
     assert "### 3 bits" in text
+    assert "### 4.5 bits on average, each layer's own" in text
+    below, mixed = (row["kl_divergence"] for row in printed["rows"][-2:])
+    assert f"| {mixed / below:.2f} |" in text.rpartition("| 4.5 on average |")[2]
     assert text.count("| absmax |") == 1
     assert str(tmp_path) not in text
     (tmp_path / "there").mkdir()
@@ -266,11 +307,11 @@ def test_the_benchmarks_print_before_they_write(
 
 def test_a_model_of_the_hub_is_named_as_there(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "find_checkpoint", {"Someone/Some-1B": tiny}.__getitem__)
-    monkeypatch.setattr(ablate, "run", partial(ablate.run, variants=[variant(ablate.BASELINE)]))
-    result = run("Someone/Some-1B", "--bits", 3, "--window", 64, "--limit", 1, "--out", tmp_path)
+    only = ("--bits", 3, "--variant", ablate.BASELINE)
+    result = run("Someone/Some-1B", *only, "--window", 64, "--limit", 1, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     (path,) = tmp_path.glob("*.json")
-    assert path.name == "quality-Some-1B.json"
+    assert path.name == "quality-Some-1B-1-windows.json"
     assert quality.command(json.loads(path.read_text())).startswith("polar ablate Someone/Some-1B --calibration ")
 
 
@@ -332,9 +373,9 @@ def test_charts_need_matplotlib(args: tuple[object, ...], monkeypatch: Any, tmp_
 
 
 def test_the_table_comes_before_the_files(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(ablate, "run", partial(ablate.run, variants=[variant(ablate.BASELINE)]))
     monkeypatch.setattr(quality, "write", Mock(side_effect=OSError(28, "No space left on device")))
-    result = run(tiny, "--bits", 3, "--window", 64, "--limit", 1, "--out", tmp_path / "out")
+    only = ("--bits", 3, "--variant", ablate.BASELINE)
+    result = run(tiny, *only, "--window", 64, "--limit", 1, "--out", tmp_path / "out")
     assert type(result.exception) is OutputError
     assert "the results could not be written: [Errno 28] No space left" in str(result.exception)
     assert "tiny at 3 bits, 1 windows of" in result.stdout

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from polar_bench import models, report
+from polar_bench import model_phases, models, report
 from polar_bench.random_model import model_config, random_model
 from polar_bench.step_profile import Kernel, KindOfWork, kinds_of_work
 from transformers import AutoModelForCausalLM, Qwen3_5MoeTextConfig
@@ -100,27 +100,35 @@ def test_a_tied_head_stays_tied(device: torch.device, bits: int | None) -> None:
 
 @pytest.fixture
 def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_STEPS", 2)
+    for module in (models, model_phases):
+        monkeypatch.setattr(module, "STEPS", 2)
+        monkeypatch.setattr(module, "LONG_STEPS", 3)
 
 
 @pytest.mark.usefixtures("_few_tokens")
 def test_rows_of_a_run(device: torch.device) -> None:
     makes = models.providers(model_config(str(MODEL)), 5, device, torch.float32)
     told = []
-    sizes = {"prefill": (16, 32), "contexts": (8,), "batches": (1, 2), "runs": 2}
+    sizes = {"prefill": (16, 32), "contexts": (8,), "batches": (1, 2), "runs": 2, "load": True}
     rows, works = models.run("tiny", makes, **sizes, progress=lambda done, total, what: told.append((done, total)))
-    assert told == [(i + 1, 16) for i in range(16)]
-    points = [("prefill", 16, 1), ("prefill", 32, 1), ("decode", 8, 1), ("decode", 8, 2)]
-    assert [(row.phase, row.context, row.batch) for row in rows] == 4 * points
+    assert told == [(i + 1, 25) for i in range(25)]
+    prompts, decoding = [("prefill", n, 1) for n in (8, 16, 32)], [("decode", 8, 1), ("decode", 8, 2)]
+    accelerated = [("generate", 8, 1), *prompts, ("first token", 8, 1), *decoding]
+    points = [*prompts, *decoding, ("load", 0, 0), *accelerated, *prompts, *decoding, *accelerated]
+    assert [(row.phase, row.context, row.batch) for row in rows] == points
     plain = {"polar 5-bit", "float32"}
     assert {row.provider for row in rows} == plain | {f"{name}, accelerated" for name in plain}
-    assert all(row.tokens_per_second > 0 for row in rows)
-    quantized, accelerated, dense = rows[0], rows[4], rows[-1]
+    loaded = rows[5]
+    assert (loaded.tokens_per_second, loaded.deviation) == (None, None)
+    assert loaded.load_seconds > 0
+    assert all(row.tokens_per_second > 0 for row in rows if row is not loaded)
+    quantized, fast, dense = rows[0], rows[6], rows[-1]
     assert quantized.weight_bytes < dense.weight_bytes / 5
-    assert accelerated.weight_bytes == quantized.weight_bytes
-    assert accelerated.load_seconds > quantized.load_seconds
-    assert (quantized.peak_bytes is None) == (device.type == "cpu")
+    assert fast.weight_bytes == quantized.weight_bytes
+    assert fast.load_seconds > quantized.load_seconds
+    assert all((row.peak_bytes is None) == (device.type == "cpu") for row in rows)
     assert works == []
+    assert models.table([loaded])[0][2:6] == ["-", "-", "-", "-"]
 
 
 @pytest.mark.usefixtures("_few_tokens")
@@ -146,8 +154,10 @@ def test_what_cannot_be_measured_is_left_out(device: torch.device, monkeypatch: 
 
 def test_decoding_is_timed_without_the_prompt(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose prompts take a second and whose tokens take 10 ms."""
-    monkeypatch.setattr(models, "_generate", lambda model, ids, tokens: 1 + 0.01 * tokens)
-    assert models._decode(None, torch.zeros(3, 8)) == pytest.approx(300)
+    monkeypatch.setattr(model_phases, "_generate", lambda model, ids, tokens: 1 + 0.01 * tokens)
+    assert model_phases._decode(None, torch.zeros(3, 8)) == pytest.approx(300)
+    assert model_phases._first_token(None, torch.zeros(3, 8)) == pytest.approx(24 / 1.01)
+    assert model_phases._long(None, torch.zeros(1, 8)) == pytest.approx(512 / 6.12)
 
 
 def test_kinds_of_a_step() -> None:
@@ -199,7 +209,7 @@ def test_command(tmp_path) -> None:
     printed = json.loads(result.stdout)
     assert printed["gpu"]
     assert {"polar", "torch", "transformers"} <= printed["versions"].keys()
-    assert {row["phase"] for row in printed["rows"]} == {"prefill", "decode"}
+    assert {row["phase"] for row in printed["rows"]} == {"prefill", "decode", "first token", "generate"}
     (written,) = tmp_path.glob("model-*.json")
     assert json.loads(written.read_text()) == printed
     text = (tmp_path / "benchmarks.md").read_text()

@@ -136,7 +136,7 @@ def test_a_loss_is_that_of_the_part_alone(zoo: Any, tiny: Path) -> None:
             weight = changed.get_submodule(name).weight
             weight.data.copy_(plan_weight(plan, name).to(weight))
         expected = evaluate(changed, batch.flatten(), window=64, reference=model).kl_divergence
-        assert losses[part] == pytest.approx(expected, rel=1e-3)  # the expected was quantised on the CPU
+        assert losses[part] == pytest.approx(expected, abs=1e-7)  # what keeping predictions in 16 bits costs
 
 
 def plan_weight(plan: Any, name: str) -> torch.Tensor:
@@ -201,7 +201,7 @@ def test_a_dry_run_predicts_what_is_written(tiny: Path, tmp_path: Path) -> None:
     result = run(*args)
     assert result.exit_code == 0, result.output
     predicted, done = json.loads(dry.stdout), json.loads(result.stdout)
-    assert predicted | {"out": done["out"]} == done
+    assert predicted | {"out": done["out"], "peak_bytes": done["peak_bytes"]} == done
     assert done["bytes_after"] <= 1_200_000
     written = Checkpoint.open(tmp_path / "out")
     assert sum(info.nbytes for info in written.tensors.values()) == done["bytes_after"]

@@ -286,6 +286,16 @@ def test_env() -> None:
 # quantize ------------------------------------------------------------------------------------------------------------
 
 
+def test_quantize_tells_the_peak_memory(tiny: Path, tmp_path: Path) -> None:
+    """In a process whose memory is known: it holds this much at the least before it begins."""
+    held = f"held = bytearray(b'x') * 500_000_000; del held; {MAIN}"
+    result = _process("quantize", tiny, tmp_path / "out", "--no-awq", "--device", "cpu", "--json", code=held)
+    peak = json.loads(result.stdout)["peak_bytes"]
+    assert 500e6 < peak["host"] < 3e9
+    assert peak["gpu"] is None
+    assert result.stderr.splitlines()[-1] == f"peak memory: {peak['host'] / 1e6:.2f} MB (host)"
+
+
 def test_quantize_with_the_default_calibration(tiny: Path, tmp_path: Path) -> None:
     report = _json("quantize", tiny, tmp_path / "out", "--windows", 1)
     assert _stated(tmp_path / "out")["awq"] is True

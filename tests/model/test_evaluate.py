@@ -70,6 +70,24 @@ def test_every_token_is_scored_once(
     assert result.top1_agreement is None
 
 
+@pytest.mark.parametrize("options", [{"stride": 7}, {"limit": 3}, {"convention": Convention.llama_cpp}])
+@pytest.mark.parametrize("batch_size", [2, 50])
+def test_windows_run_together_score_the_same(
+    zoo: Any, model: PreTrainedModel, tokens: torch.Tensor, options: dict[str, Any], batch_size: int
+) -> None:
+    shapes = []
+    model.register_forward_pre_hook(lambda m, args: shapes.append(args[0].shape))
+    one, together = (
+        evaluate(model, tokens, window=20, reference=zoo.model("qwen3_5_text"), batch_size=size, **options)
+        for size in (1, batch_size)
+    )
+    count = one.windows
+    assert [shape[0] for shape in shapes[count:]] == [min(batch_size, count - i) for i in range(0, count, batch_size)]
+    assert together.tokens == one.tokens
+    assert together.perplexity == pytest.approx(one.perplexity, rel=1e-5)
+    assert together.kl_divergence == pytest.approx(one.kl_divergence, rel=1e-4)
+
+
 def test_limit_counts_windows(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     result = evaluate(model, tokens, window=20, stride=10, limit=3)
     assert (result.windows, result.tokens) == (3, 19 + 2 * 10)

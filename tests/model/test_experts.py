@@ -18,7 +18,7 @@ from model_patch.checkpoint.published.convert import convert_checkpoint
 from model_patch.checkpoint.reader import Checkpoint
 from model_patch.cli.app import app
 from model_patch.demo import MODEL
-from model_patch.quantize import calibrate, plan_checkpoint, quantize_checkpoint
+from model_patch.quantize import calibrate, expert_moments, plan_checkpoint, quantize_checkpoint
 from model_patch.quantize.awq import search_expert_scales
 from model_patch.quantize.calibrate import EXPERT_ROWS, SiteStatistics
 from model_patch.quantize.calibrated import calibrate_plan
@@ -209,12 +209,104 @@ def test_experts_are_not_quantised_on_the_fly(zoo: Any) -> None:
         zoo.load("qwen3_moe", zoo.checkpoint("qwen3_moe"), quantization_config=PolarQuantConfig())
 
 
-def test_feedback_is_refused(zoo: Any, prose: Path) -> None:
-    plan = plan_checkpoint(zoo.checkpoint("qwen3_moe"), PolarQuantConfig(), awq=False)
-    with pytest.raises(UnsupportedModelError, match="error feedback is not done for experts"):
-        calibrate_plan(plan, prose, zoo.device, 1, feedback=True)
-    with pytest.raises(UnsupportedModelError, match="error feedback is not done for experts"):
-        collect_moments(zoo.model("qwen3_moe"), torch.zeros(1, 4), {"in": [f"{EXPERTS}.gate_up_proj"]})
+class _Parts(nn.Module):
+    """Experts computed one after the other, which keep what each projection reads and gives."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts, self.parts = experts, []
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for expert in range(len(self.experts.gate_up_proj)):
+            token, choice = (index == expert).nonzero(as_tuple=True)
+            middle = x[token] @ self.experts.gate_up_proj[expert].T
+            gate, up = middle.chunk(2, -1)
+            read = F.silu(gate) * up
+            result = read @ self.experts.down_proj[expert].T
+            out = out.index_add(0, token, result * weights[token, choice, None])
+            self.parts.append({"in": (x[token], middle), "out": (read, result)})
+        return out
+
+
+def test_moments_of_experts_by_hand(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that saw enough tokens their own, of the others all experts'."""
+    model = zoo.model("qwen3_moe")
+    windows = torch.randint(0, 500, (1, 32), generator=torch.Generator().manual_seed(3))
+    sites = {
+        "layers.1.mlp.experts.in": [f"{EXPERTS}.gate_up_proj"],
+        "layers.1.mlp.experts.out": [f"{EXPERTS}.down_proj"],
+    }
+    monkeypatch.setattr(expert_moments, "EXPERT_ROWS", 14)
+    found = collect_moments(model, windows, sites)
+
+    experts = _Parts(model.model.layers[1].mlp.experts)
+    model.model.layers[1].mlp.experts = experts
+    logits = model(windows.to(zoo.device), use_cache=False).logits[0].float()
+    draw = torch.Generator(zoo.device).manual_seed(0)
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)[:, 0]
+    given = [part[end][1] for part in experts.parts for end in ("in", "out")]
+    gradients = torch.autograd.grad(F.cross_entropy(logits, drawn, reduction="sum"), given)
+    counts = [len(part["in"][0]) for part in experts.parts]
+    rare = [expert for expert, count in enumerate(counts) if count < 14]
+    assert 0 < len(rare) < 4
+    assert found.rare_experts == {"layers.1.mlp.experts": rare}
+    for end, offset in (("in", 0), ("out", 1)):
+        own = []
+        for part, gradient in zip(experts.parts, gradients[offset::2], strict=True):
+            weights = gradient.square().sum(-1)
+            x = part[end][0].detach()
+            own.append((x * weights.clamp_max(torch.quantile(weights, 0.99))[:, None]).T @ x)
+        moments = found.of_site[f"layers.1.mlp.experts.{end}"]
+        for expert, expected in enumerate(own):
+            expected = sum(own) if expert in rare else expected
+            torch.testing.assert_close(moments[expert], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_an_expert_without_tokens_has_the_sites_moments(zoo: Any) -> None:
+    model = zoo.model("qwen3_moe")
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight[1:3] = model.model.layers[1].mlp.gate.weight[
+            0
+        ]  # ties, none of which wins
+    sites = {"layers.1.mlp.experts.in": [f"{EXPERTS}.gate_up_proj"]}
+    found = collect_moments(model, torch.full((1, 40), 7), sites)
+    (rare,) = found.rare_experts.values()
+    assert len(rare) == 2
+    moments = found.of_site["layers.1.mlp.experts.in"]
+    assert torch.equal(moments[rare[0]], moments[rare[1]])
+    assert all(moments[expert].trace() > 0 for expert in range(4))
+
+
+def test_moments_of_many_wide_experts_are_shared(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, windows = zoo.model("qwen3_moe"), torch.randint(0, 500, (2, 64))
+    monkeypatch.setattr(expert_moments, "EXPERT_ROWS", 1)
+    sites = {"layers.1.mlp.experts.in": [f"{EXPERTS}.gate_up_proj"]}
+    own = collect_moments(model, windows, sites).of_site["layers.1.mlp.experts.in"]
+    assert own.shape == (4, 128, 128)
+    monkeypatch.setattr(expert_moments, "_OWN_BYTES", own.nbytes - 1)
+    shared = collect_moments(model, windows, sites).of_site["layers.1.mlp.experts.in"]
+    torch.testing.assert_close(shared, own.sum(0), rtol=1e-4, atol=1e-5 * float(shared.abs().max()))
+
+
+def test_feedback(zoo: Any, tiny_moe: Path, prose: Path, tmp_path: Path) -> None:
+    """Each expert's outputs for its own tokens are closer than without."""
+    options = ("--calibration", prose, "--windows", 1, "--no-awq", "--bits", 3, "--device", "cpu")
+    for out, more in (("plain", ()), ("fed", ("--feedback",))):
+        args = ["quantize", str(tiny_moe), str(tmp_path / out), *map(str, (*options, *more))]
+        result = CliRunner().invoke(app, args)
+        assert result.exit_code == 0, result.output
+    plan = plan_checkpoint(tiny_moe, PolarQuantConfig(), awq=False)
+    moments = calibrate_plan(plan, prose, "cpu", 1, feedback=True).moments
+    original, plain, fed = (
+        load_model(path, device="cpu", dtype=torch.float32) for path in (tiny_moe, tmp_path / "plain", tmp_path / "fed")
+    )
+    for name in ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"):
+        costs = []
+        for model in (plain, fed):
+            error = model.get_submodule(name).dequantize(torch.float32) - original.get_parameter(name)
+            costs.append(torch.einsum("enk,ekl,enl->e", error, moments[name], error))
+        assert (costs[1] < 0.8 * costs[0]).all()
 
 
 def test_published_layouts_of_experts_are_refused(zoo: Any, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Moments of a site's inputs, weighted by the gradients of the model's own predictions, and what they are good for."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from model_patch import PolarQuantConfig, demo, load_model
+from model_patch import CheckpointError, PolarQuantConfig, demo, load_model
 from model_patch.cli.app import app
 from model_patch.evaluate import evaluate, tokenize_file
 from model_patch.load import load_tokenizer
@@ -25,7 +26,7 @@ def windows_of(model: Any, count: int) -> torch.Tensor:
 def test_one_window_by_hand(zoo: Any, relative_error) -> None:
     model = load_model(zoo.checkpoint("qwen3"), device=zoo.device, dtype=torch.float32)
     window = windows_of(model, 1)
-    found = collect_moments(model, window, SITES)["mlp"]
+    found = collect_moments(model, window, SITES).of_site["mlp"]
 
     kept = {}
     for name in (GATE, UP):
@@ -49,8 +50,8 @@ def test_shapes_and_that_they_are_moments(zoo: Any) -> None:
     told = []
     sites = {"in": ["model.layers.0.linear_attn.in_proj_qkv", "model.layers.0.linear_attn.in_proj_z"]}
     found = collect_moments(model, windows_of(model, 3), sites, lambda done, total, what: told.append((done, total)))
-    assert told == [(1, 3), (2, 3), (3, 3)]
-    moments = found["in"].double()
+    assert told == [(3 * (step + 1), 12) for step in range(4)]  # both layers, forth and back
+    moments = found.of_site["in"].double()
     assert moments.shape == (model.config.hidden_size,) * 2
     assert torch.allclose(moments, moments.T, atol=1e-5 * float(moments.diagonal().max()))
     assert torch.linalg.eigvalsh(moments).min() > -1e-6 * moments.diagonal().max()
@@ -61,7 +62,7 @@ def test_the_model_is_left_as_it_was(zoo: Any) -> None:
     model.lm_head.requires_grad_(False)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     windows = windows_of(model, 2)
-    one, other = (collect_moments(model, windows, SITES) for _ in range(2))
+    one, other = (collect_moments(model, windows, SITES).of_site for _ in range(2))
     assert all(torch.equal(one[site], other[site]) for site in SITES)
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -79,6 +80,29 @@ def test_hooks_go_when_it_is_interrupted(zoo: Any) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_sums_go_when_a_layer_is_done(zoo: Any) -> None:
+    """Or those of all layers, in fp64, would be on the device at the end."""
+    source = zoo.checkpoint("qwen3_moe")
+    model = load_model(source, device=zoo.device, dtype=torch.float32)
+    sites = plan_checkpoint(source, PolarQuantConfig(), awq=False).layers.sites()
+
+    def sums() -> int:
+        gc.collect()
+        return sum(type(found) is torch.Tensor and found.dtype == torch.float64 for found in gc.get_objects())
+
+    before, during = sums(), []
+    collect_moments(model, windows_of(model, 2), sites, lambda done, total, what: during.append(sums() - before))
+    assert during == [0, 0, 0, 0]  # forwards; the last layer is done, and the first
+
+
+def test_a_weight_with_nan(zoo: Any) -> None:
+    model = load_model(zoo.checkpoint("qwen3"), device=zoo.device, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_submodule(UP).weight[3, 4] = torch.nan
+    with pytest.raises(CheckpointError, match="its predictions have NaN: NaN or infinity in the weights"):
+        collect_moments(model, windows_of(model, 1), SITES)
+
+
 @pytest.mark.parametrize("awq", [False, True])
 def test_one_load_gives_all_that_is_asked_for(device: torch.device, awq: bool) -> None:
     plan = plan_checkpoint(demo.MODEL, PolarQuantConfig(), awq=awq)
@@ -88,7 +112,7 @@ def test_one_load_gives_all_that_is_asked_for(device: torch.device, awq: bool) -
     layers = {name for names in plan.layers.sites().values() for name in names}
     assert set(found.moments) == layers
     assert set(found.awq_scales) == (layers if awq else set())
-    steps = 1 + (1 + len(plan.layers.sites()) if awq else 0)
+    steps = 2 * 4 + (4 + len(plan.layers.sites()) if awq else 0)  # layers forth and back, layers and sites
     assert told == [(i + 1, steps) for i in range(steps)]
 
 

@@ -42,6 +42,7 @@ from model_patch.quantize import (
 from model_patch.quantize import checkpoint as quantize_module
 from model_patch.quantize.absmax import absmax_round
 from model_patch.quantize.awq import EXPONENTS
+from model_patch.verify import verify_checkpoint
 from polar_kernels import BLOCK_SIZE, QuantizationError, published_levels, quantize_weight, reference
 
 SMALL_SHARDS = 60_000
@@ -626,3 +627,19 @@ def test_three_bits_beat_absmax_by_far(plain_perplexity: float, device: torch.de
     write_absmax(plan_checkpoint(demo.MODEL, config, awq=False), tmp_path / "absmax", device=device)
     assert plain_perplexity < ours < 54.5
     assert 71 < perplexity(tmp_path / "absmax", device) < 72.5
+
+
+@pytest.mark.slow
+def test_three_layers_of_the_shape_of_9b(device: torch.device, tmp_path: Path) -> None:
+    """Random weights of Qwen3.5-9B's layers, with a small vocabulary, through the whole of `polar quantize`."""
+    from polar_bench.random_model import model_config, random_model
+
+    config = model_config("qwen3.5-9b")
+    config.num_hidden_layers, config.vocab_size = 3, 4096
+    config.layer_types = config.layer_types[1:4]  # two of GatedDeltaNet and one of attention
+    random_model(config, None, device).save_pretrained(tmp_path / "source")
+    plan = plan_checkpoint(tmp_path / "source", PolarQuantConfig(), awq=False)
+    assert quantize_checkpoint(plan, tmp_path / "out", device=device) == []
+    errors = verify_checkpoint(tmp_path / "out", tmp_path / "source", device).layer_errors
+    assert len(errors) == len(plan.layers.bits) == 2 + 2 * 6 + 7
+    assert max(errors.values()) < 0.0027

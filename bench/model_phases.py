@@ -1,0 +1,107 @@
+"""How each phase of a whole model is timed: prompts, first tokens, tokens after them, and loading."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from model_patch import PolarQuantConfig, load_model
+from model_patch.hf import attach_quantizer
+from polar_kernels import PolarModule
+
+STEPS = 32  # tokens a run of decoding writes
+LONG_STEPS = 512  # tokens a run of generating writes
+
+
+@torch.inference_mode()
+def measure_phase(
+    model: PreTrainedModel, phase: str, context: int, batch: int, runs: int
+) -> tuple[list[float], int | None]:
+    """Tokens a second of each run after a first one that is not counted, and the most bytes allocated meanwhile."""
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    ids = torch.randint(0, model.config.vocab_size, (batch, context), device=model.device)
+    rates = [_PHASES[phase](model, ids) for _ in range(runs + 1)][1:]
+    return rates, torch.cuda.max_memory_allocated(model.device) if on_gpu else None
+
+
+def measure_load(model: PreTrainedModel, runs: int) -> tuple[list[float], int | None]:
+    """Seconds of each run of loading a quantised model from files that were just written, after a first one that is not
+    counted, and the most bytes that the GPU held for it at a time."""
+    bits, device = _bits(model), model.device
+    attach_quantizer(model, PolarQuantConfig(bits=bits, awq=True))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        found = [_load(Path(folder), device, model.dtype) for _ in range(runs + 1)][1:]
+    peaks = [peak for _, peak in found if peak is not None]
+    return [seconds for seconds, _ in found], max(peaks, default=None)
+
+
+def _bits(model: PreTrainedModel) -> int:
+    return next(module.bits for module in model.modules() if isinstance(module, PolarModule))
+
+
+def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[float, int | None]:
+    """Seconds, and bytes beyond those that were allocated before."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
+    started = time.perf_counter()
+    load_model(folder, device=device, dtype=dtype)
+    finish(device)
+    seconds = time.perf_counter() - started
+    return seconds, torch.cuda.max_memory_allocated(device) - before if on_gpu else None
+
+
+def _prefill(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    finish(ids.device)
+    started = time.perf_counter()
+    model(ids, use_cache=True, logits_to_keep=1)
+    finish(ids.device)
+    return ids.numel() / (time.perf_counter() - started)
+
+
+def _first_token(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    return ids.numel() / _generate(model, ids, 1)
+
+
+def _decode(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """From the time that more tokens take beyond the first, so that the prompt is not in it."""
+    seconds = _generate(model, ids, STEPS + 1) - _generate(model, ids, 1)
+    return STEPS * len(ids) / max(seconds, 1e-9)  # of a tiny model the noise can be more than the steps
+
+
+def _long(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    return LONG_STEPS * len(ids) / _generate(model, ids, LONG_STEPS)
+
+
+def _generate(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> float:
+    """Seconds of a call that writes so many."""
+    mask = torch.ones_like(ids)
+    finish(ids.device)
+    started = time.perf_counter()
+    model.generate(
+        ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+    )
+    finish(ids.device)
+    return time.perf_counter() - started
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what the device has been given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+_PHASES: dict[str, Callable[[PreTrainedModel, torch.Tensor], float]] = {
+    "prefill": _prefill,
+    "first token": _first_token,
+    "decode": _decode,
+    "generate": _long,
+}
