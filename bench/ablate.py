@@ -1,23 +1,21 @@
 """What each part of the scheme gives: a model's weights quantised step by step, and what the model then predicts.
 
-Every variant is evaluated by its dequantised weights in one dense model. Those that are in the format come from
-`quantize_weight`, as `polar quantize` makes them; the others, baselines without rotation or Lloyd-Max levels, are
-rounded here.
+Every variant is evaluated by its dequantised weights in one dense model.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
+from polar_bench.variants import FULL, VARIANTS, Variant
 from transformers import PreTrainedModel
 
 from model_patch.architectures import Kind, LayerPlan, kind_of, weight_name
 from model_patch.config import PolarQuantConfig
-from model_patch.errors import ConfigError
 from model_patch.evaluate import Evaluation, Reference, check_vocabulary, evaluate, text_windows, windows_at_a_time
 from model_patch.logits_cache import LogitsCache, MemoryCache, cache_bytes
 from model_patch.progress import Progress, no_progress
@@ -31,34 +29,17 @@ from model_patch.quantize import (
     plan_for_target,
     search_awq_scales,
 )
-from model_patch.quantize.absmax import absmax_round
 from model_patch.quantize.awq import search_expert_scales
 from model_patch.quantize.moments import collect_moments
 from model_patch.quantize.sensitivity import MEASURED_WINDOWS, measure_parts_of
 from model_patch.quantize.storage import free_memory
-from polar_kernels import lloyd_max_levels, ops, published_levels, quantize_weight
-from polar_kernels.hadamard import BLOCK_SIZE, pad_blocks, transform_blocks
 
 # The embedding stays as it is: no calibration speaks of it.
 EXCLUDED = ("embed_tokens",)
 
 _SHARE = 0.5  # of the free memory that predictions may take
 
-# Weight [N, K], or of experts [E, N, K], of any float dtype, bits, AWQ scales [K] or None, moments [K, K], or of each
-# expert, or None -> fp32, of the weight's shape.
-Quantize = Callable[[torch.Tensor, int, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
 Sites = dict[str, list[str]]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """quantize: what is left of a weight; awq, feedback: whether it is given scales, searched for with the variant's
-    own error, and moments."""
-
-    name: str
-    quantize: Quantize
-    awq: bool = False
-    feedback: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,81 +73,9 @@ class Calibration:
     rare_experts: dict[str, list[int]] = field(default_factory=dict)
 
 
-def _scaled(round_weight: Callable[[torch.Tensor, int], torch.Tensor]) -> Quantize:
-    """A rounding of weights, after AWQ scales where there are some."""
-
-    def quantize(weight: torch.Tensor, bits: int, scales: torch.Tensor | None, _: torch.Tensor | None) -> torch.Tensor:
-        if scales is None:
-            return round_weight(weight.float(), bits)
-        return round_weight(weight.float() * scales.float(), bits) / scales.float()
-
-    return quantize
-
-
-def _rotated_absmax(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    return transform_blocks(absmax_round(transform_blocks(pad_blocks(weight)), bits))[..., : weight.shape[-1]]
-
-
-def _unrotated_lloyd_max(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    blocks = pad_blocks(weight).unflatten(-1, (-1, BLOCK_SIZE))
-    deviation = blocks.norm(dim=-1, keepdim=True) / math.sqrt(BLOCK_SIZE)
-    table = lloyd_max_levels(bits).to(weight.device)
-    unit = blocks / deviation.clamp_min(torch.finfo(torch.float32).tiny)
-    levels = table[torch.bucketize(unit, (table[1:] + table[:-1]) / 2)]
-    return (levels * deviation).flatten(-2)[..., : weight.shape[-1]]
-
-
-def _polar(
-    weight: torch.Tensor,
-    bits: int,
-    scales: torch.Tensor | None,
-    moments: torch.Tensor | None,
-    *,
-    levels: Callable[[int], torch.Tensor] = lloyd_max_levels,
-    least_squares: bool = False,
-) -> torch.Tensor:
-    if weight.dim() == 3:
-        own = [moments] * len(weight) if moments is None or moments.dim() == 2 else list(moments)
-        single = partial(_polar, levels=levels, least_squares=least_squares)
-        return torch.stack([single(w, bits, scales, m) for w, m in zip(weight, own, strict=True)])
-    made = quantize_weight(
-        weight, bits, awq_scales=scales, centroids=levels(bits), least_squares=least_squares, moments=moments
-    )
-    parts = (made.packed, made.norms, made.awq_scales, made.centroids)
-    return ops.dequantize(*parts, made.in_features, torch.float32)
-
-
-_published = partial(_polar, levels=published_levels)
-_whole = partial(_polar, least_squares=True)
-
-BASELINE = "Hadamard + Lloyd-Max (published table) + AWQ"  # what the others are compared with
-FULL = "+ least-squares scale + error feedback"  # what bits of each layer's own are chosen and measured with
-VARIANTS = (
-    Variant("absmax", _scaled(absmax_round)),
-    Variant("absmax + AWQ", _scaled(absmax_round), awq=True),
-    Variant("Hadamard, uniform levels", _scaled(_rotated_absmax)),
-    Variant("Lloyd-Max, no rotation", _scaled(_unrotated_lloyd_max)),
-    Variant("Hadamard + Lloyd-Max (published table)", _published),
-    Variant(BASELINE, _published, awq=True),
-    Variant("Hadamard + Lloyd-Max", _polar),
-    Variant("+ least-squares scale", _whole),
-    Variant("+ least-squares scale + AWQ", _whole, awq=True),
-    Variant(FULL, _whole, feedback=True),
-    Variant("+ least-squares scale + AWQ + error feedback", _whole, awq=True, feedback=True),
-)
-
-
 def plans(source: Path, bits: Sequence[int]) -> dict[int, QuantizePlan]:
     """Bits -> the plan of a checkpoint whose linear layers, experts among them, are all quantised so."""
     return {b: plan_checkpoint(source, PolarQuantConfig(b, modules_to_not_convert=EXCLUDED), awq=False) for b in bits}
-
-
-def pick_variants(names: Sequence[str]) -> list[Variant]:
-    """Those with the given names, and the baseline; all when there are none. Raises ConfigError for an unknown one."""
-    known = {variant.name: variant for variant in VARIANTS}
-    if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"--variant {unknown[0]!r}: must be one of {', '.join(map(repr, known))}")
-    return [variant for variant in VARIANTS if not names or variant.name in {*names, BASELINE}]
 
 
 def calibrate_sites(

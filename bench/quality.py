@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from polar_bench import ablate, report
 from polar_bench.report import Result
+from polar_bench.variants import BASELINE, FULL, VARIANTS
 
 from model_patch.checkpoint.writer import write_whole
 
@@ -49,15 +50,15 @@ def tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
 def table(result: Result, bits: int) -> list[list[str]]:
     """Rows for people, of the original and of all variants at `bits`, the same in all layers."""
     rows = [row for row in result["rows"] if row["uniform"] and row["bits"] in (0, bits)]
-    baseline = next(row["kl_divergence"] for row in rows if row["variant"] == ablate.BASELINE)
+    baseline = next(row["kl_divergence"] for row in rows if row["variant"] == BASELINE)
     return [_cells(row, row["variant"], baseline if row["bits"] else None) for row in rows]
 
 
 def mixed_table(result: Result, mean: float) -> list[list[str]]:
-    """Rows for people, of `ablate.FULL` at the whole bits below `mean` and at bits of each layer's own."""
+    """Rows for people, of `FULL` at the whole bits below `mean` and at bits of each layer's own."""
     below, mixed = (
         next(row for row in result["rows"] if (row["variant"], row["bits"], row["uniform"]) == wanted)
-        for wanted in ((ablate.FULL, int(mean), True), (ablate.FULL, mean, False))
+        for wanted in ((FULL, int(mean), True), (FULL, mean, False))
     )
     baseline = below["kl_divergence"]
     return [_cells(below, f"{int(mean)} bits in all layers", baseline), _cells(mixed, f"{mean} on average", baseline)]
@@ -77,7 +78,7 @@ def _cells(row: dict[str, Any], name: str, baseline: float | None) -> list[str]:
 
 def widths(result: Result) -> list[int]:
     """The uniform bits at which there is a baseline, in the order they were measured."""
-    return [row["bits"] for row in result["rows"] if row["variant"] == ablate.BASELINE]
+    return [row["bits"] for row in result["rows"] if row["variant"] == BASELINE]
 
 
 def means(result: Result) -> list[float]:
@@ -93,8 +94,8 @@ def command(result: Result) -> str:
     words += ["--limit", scored["windows"], *(word for bits in widths(result) for word in ("--bits", bits))]
     words += [word for mean in means(result) for word in ("--target-bits", mean)]
     named = [row["variant"] for row in result["rows"] if row["bits"] == widths(result)[0]]
-    if len(named) < len(ablate.VARIANTS):
-        words += [word for name in named if name != ablate.BASELINE for word in ("--variant", name)]
+    if len(named) < len(VARIANTS):
+        words += [word for name in named if name != BASELINE for word in ("--variant", name)]
     words += ["--dtype", result["dtype"], *(["--device", "cpu"] if result["gpu"] == "CPU" else [])]
     return shlex.join(map(str, words))
 
@@ -126,7 +127,7 @@ quantised at the same bits, the embedding stays as it is. Perplexity with its st
 divergence to the predictions of the original weights, in nats, its mean and what 99 % of the tokens do not exceed; how
 often both rank the same token first. The first row, the original by its dtype, shows what keeping those predictions in
 16 bits for the comparison costs. "of baseline" is the mean KL over that of
-"{ablate.BASELINE}" at the same bits. Lines that begin with + are Hadamard +
+"{BASELINE}" at the same bits. Lines that begin with + are Hadamard +
 Lloyd-Max with the converged table. All variants score the same tokens, so that their differences are far surer than the
 standard error of one perplexity says.
 """
@@ -177,7 +178,7 @@ def chart(result: Result) -> Any:
         rows = [row for row in result["rows"] if row["bits"] == bits and row["uniform"]]
         found = {row["variant"]: row["kl_divergence"] for row in rows}
         places = [place + index * thickness for place in range(len(names))]
-        axes.barh(places, [found[name] / found[ablate.BASELINE] for name in names], thickness, label=f"{bits} bits")
+        axes.barh(places, [found[name] / found[BASELINE] for name in names], thickness, label=f"{bits} bits")
     axes.set_yticks([place + 0.4 - thickness / 2 for place in range(len(names))], names)
     axes.invert_yaxis()
     axes.axvline(1, color="grey", linewidth=0.8)

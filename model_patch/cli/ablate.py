@@ -56,10 +56,11 @@ def ablate(
     """
     from polar_bench import ablate as runner
     from polar_bench import quality
+    from polar_bench.variants import pick_variants
 
     check_results(out, document, charts=True)
     target, picked, source = pick_device(device), parse_dtype(dtype), find_checkpoint(model)
-    variants = runner.pick_variants(variant or [])
+    variants = pick_variants(variant or [])
     goals = [Target(mean) for mean in target_bits or []]
     wanted = bits or [5, 4, 3]
     plans = runner.plans(source, list(dict.fromkeys([*wanted, *(goal.start for goal in goals)])))

@@ -13,7 +13,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 from polar_bench import ablate, kernels, models, quality, report
-from polar_bench.ablate import VARIANTS, Calibration, Variant
+from polar_bench.ablate import Calibration
+from polar_bench.variants import BASELINE, FULL, VARIANTS, Variant
 from typer.testing import CliRunner
 
 from model_patch import ConfigError, OutputError, PolarQuantConfig, load_model, logits_cache
@@ -154,7 +155,7 @@ def test_rows_of_a_run(calibrated: Any, tiny: Path) -> None:
         calibration,
         tokens,
         model_reference(model, tokens),
-        ablate.steps_of(ablate.plans(tiny, [5, 3]), [5, 3], {}, [variant("absmax"), variant(ablate.FULL)]),
+        ablate.steps_of(ablate.plans(tiny, [5, 3]), [5, 3], {}, [variant("absmax"), variant(FULL)]),
         window=32,
         progress=lambda done, total, _: told.append((done, total)),
     )
@@ -174,7 +175,7 @@ def test_rows_of_a_run(calibrated: Any, tiny: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["absmax + AWQ", "+ least-squares scale + AWQ", ablate.FULL])
+@pytest.mark.parametrize("name", ["absmax + AWQ", "+ least-squares scale + AWQ", FULL])
 def test_experts_are_those_of_polar_quantize(zoo: Any, name: str, tmp_path: Path, monkeypatch: Any) -> None:
     source, batch = zoo.checkpoint("qwen3_moe"), torch.randint(0, 500, (4, 32))
     monkeypatch.setattr("model_patch.quantize.calibrated.calibration_batch", lambda *_: batch)
@@ -218,7 +219,7 @@ def test_the_original_is_named_by_its_dtype(tiny: Path, calibrated: Any, tmp_pat
     load_model(tiny, device="cpu", dtype=torch.float32).save_pretrained(tmp_path / "wide")
     tokens = torch.randint(0, 4096, (32,), generator=torch.Generator().manual_seed(0))
     expect = model_reference(model, tokens)
-    steps = ablate.steps_of(ablate.plans(tmp_path / "wide", [3]), [3], {}, [variant(ablate.BASELINE)])
+    steps = ablate.steps_of(ablate.plans(tmp_path / "wide", [3]), [3], {}, [variant(BASELINE)])
     first, row = ablate.run(model, calibration, tokens, expect, steps, window=32)
     assert (first.variant, first.bits, first.bits_per_weight) == ("fp32", 0, 32)
     result = quality.assemble([first, row], torch.device("cpu"), model="wide", text="text")
@@ -256,7 +257,7 @@ def test_command(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
     assert json.loads((out / "quality-tiny-2-windows.json").read_text()) == printed
-    assert [row["variant"] for row in printed["rows"]] == ["bf16", *(v.name for v in VARIANTS), *2 * [ablate.FULL]]
+    assert [row["variant"] for row in printed["rows"]] == ["bf16", *(v.name for v in VARIANTS), *2 * [FULL]]
     assert [row["bits"] for row in printed["rows"]] == [0, *(3 for _ in VARIANTS), 4, 4.5]
     assert [row["bits_per_weight"] for row in printed["rows"][-2:]] == [4.125, pytest.approx(4.62, abs=0.01)]
     assert {(row["windows"], row["window"], row["tokens"]) for row in printed["rows"]} == {(2, 64, 2 * 63)}
@@ -281,9 +282,9 @@ def test_command(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["rows"] == printed["rows"]
     rows = {row[0]: row for row in quality.table(printed, 3)}
-    assert rows[ablate.BASELINE][4] == "1.00"
+    assert rows[BASELINE][4] == "1.00"
     by_name = {row["variant"]: row["kl_divergence"] for row in printed["rows"] if row["bits"] == 3}
-    assert rows["absmax"][4] == f"{by_name['absmax'] / by_name[ablate.BASELINE]:.2f}"
+    assert rows["absmax"][4] == f"{by_name['absmax'] / by_name[BASELINE]:.2f}"
 
 
 @pytest.mark.parametrize("args", [("bench",), ("bench", "model")])
@@ -307,7 +308,7 @@ def test_the_benchmarks_print_before_they_write(
 
 def test_a_model_of_the_hub_is_named_as_there(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "find_checkpoint", {"Someone/Some-1B": tiny}.__getitem__)
-    only = ("--bits", 3, "--variant", ablate.BASELINE)
+    only = ("--bits", 3, "--variant", BASELINE)
     result = run("Someone/Some-1B", *only, "--window", 64, "--limit", 1, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     (path,) = tmp_path.glob("*.json")
@@ -374,7 +375,7 @@ def test_charts_need_matplotlib(args: tuple[object, ...], monkeypatch: Any, tmp_
 
 def test_the_table_comes_before_the_files(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(quality, "write", Mock(side_effect=OSError(28, "No space left on device")))
-    only = ("--bits", 3, "--variant", ablate.BASELINE)
+    only = ("--bits", 3, "--variant", BASELINE)
     result = run(tiny, *only, "--window", 64, "--limit", 1, "--out", tmp_path / "out")
     assert type(result.exception) is OutputError
     assert "the results could not be written: [Errno 28] No space left" in str(result.exception)
