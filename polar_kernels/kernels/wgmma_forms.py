@@ -33,7 +33,7 @@ class Form:
         return 1 << 17 if self.resident == 1 else 1 << 16
 
 
-FORMS = (Form(64, 8, 128, 2, 1.08), Form(128, 4, 168, 3, 1.32), Form(128, 8, 255, 1, 0.82), Form(256, 8, 255, 1, 1.46))
+FORMS = (Form(64, 8, 128, 2, 1.08), Form(128, 4, 168, 3, 1.5), Form(128, 8, 255, 1, 0.82), Form(256, 8, 255, 1, 1.46))
 _START_TIME = 4.0  # microseconds of a program outside its loop
 
 
