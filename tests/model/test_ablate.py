@@ -294,7 +294,7 @@ def test_the_benchmarks_print_before_they_write(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(report, "describe", lambda: {"gpu": "Some GPU"})
-    monkeypatch.setattr(kernels, "run", lambda *_: ([], (1e12, 1e12)))
+    monkeypatch.setattr(kernels, "run", lambda *_, **__: ([], (1e12, 1e12)))
     monkeypatch.setattr(models, "providers", Mock())
     monkeypatch.setattr(models, "run", lambda *_, **__: ([], []))
     for name in ("write", "write_json"):
