@@ -508,9 +508,9 @@ def test_every_layer_of_a_site_gets_its_vector(tmp_path: Path, device: torch.dev
     for names in sites.values():
         assert all(torch.equal(scales[name], scales[names[0]]) for name in names)
     assert len({tuple(scales[names[0]].tolist()) for names in sites.values()}) > len(sites) / 2
-    layers = 4  # a window goes through each, and then each site is searched
-    assert [done for done, _, _ in steps] == list(range(1, layers + len(sites) + 1))
-    assert {total for _, total, _ in steps} == {layers + len(sites)}
+    count = 4 + len(sites)  # the window through each layer, and the sites
+    assert [done for done, _, _ in steps] == list(range(1, count + 1))
+    assert {total for _, total, _ in steps} == {count}
 
 
 def test_a_calibration_text_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
