@@ -103,8 +103,16 @@ def command(result: Result) -> str:
 def document(results: Sequence[Path], out: Path) -> None:
     """Write docs/quality.md from result files."""
     parts = [_INTRODUCTION]
-    parts += [_section(json.loads(path.read_text(encoding="utf-8")), path, out.parent) for path in results]
+    parts += [_section(_read(path), path, out.parent) for path in results]
     write_whole(out, "\n".join(parts).encode())
+
+
+def _read(path: Path) -> Result:
+    """A result file; those from before there were mixed bits do not say that theirs are uniform, nor hash the texts."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    for row in result["rows"]:
+        row.setdefault("uniform", True)
+    return result
 
 
 # Model -> what it is.
@@ -134,7 +142,9 @@ standard error of one perplexity says.
 
 
 def _text_to_bring(result: Result, role: str) -> str:
-    digest = result[f"{role}_sha256"]
+    digest = result.get(f"{role}_sha256")
+    if digest is None:
+        return f"- `{result[role]}`: a text whose hash was not written down"
     return f"- `{result[role]}`: {_ORIGINS.get(digest, 'a text of its own')}, SHA-256 `{digest}`"
 
 
