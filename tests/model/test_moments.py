@@ -42,7 +42,7 @@ def test_one_window_by_hand(zoo: Any, relative_error) -> None:
     weights = sum(gradient[0].square().sum(-1) for gradient in gradients)
     weights = weights.clamp_max(torch.quantile(weights, 0.99))
     x = kept[GATE][0][0].detach()
-    assert relative_error(found, ((x * weights[:, None]).T @ x).cpu()) < 1e-4
+    assert relative_error(found.cpu(), ((x * weights[:, None]).T @ x).cpu()) < 1e-4
 
 
 def test_shapes_and_that_they_are_moments(zoo: Any) -> None:
