@@ -239,6 +239,7 @@ def test_an_empty_text_to_measure_on(tiny: Path, tmp_path: Path) -> None:
 # The trained model that ships with the package
 
 
+@pytest.mark.figures
 def test_mixed_bits_beat_uniform_ones(device: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On text of the split that was not measured on, without calibration: 0.97 and 0.69 times; with error feedback,
     measured on the whole split, more."""

@@ -116,6 +116,7 @@ def test_one_load_gives_all_that_is_asked_for(device: torch.device, awq: bool) -
     assert told == [(i + 1, steps) for i in range(steps)]
 
 
+@pytest.mark.figures
 @pytest.mark.parametrize("bits", [3, 5])
 def test_the_model_is_closer_to_the_original(device: torch.device, tmp_path: Path, bits: int) -> None:
     """Than with AWQ, on text of the split that was not calibrated on; measured 0.72 and 0.75 times at 3 and 5 bits."""

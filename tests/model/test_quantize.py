@@ -617,11 +617,13 @@ def test_perplexity_of_the_plain_demo_model(plain_perplexity: float) -> None:
     assert plain_perplexity == pytest.approx(48.60, abs=0.05)
 
 
+@pytest.mark.figures
 def test_five_bits_cost_almost_nothing(plain_perplexity: float, device: torch.device, tmp_path: Path) -> None:
     found = perplexity(quantized_demo(PolarQuantConfig(), tmp_path / "q5", device), device)
     assert plain_perplexity - 0.1 < found < plain_perplexity + 0.6
 
 
+@pytest.mark.figures
 def test_three_bits_beat_absmax_by_far(plain_perplexity: float, device: torch.device, tmp_path: Path) -> None:
     config = PolarQuantConfig(3, modules_to_not_convert=["embed_tokens"])
     ours = perplexity(quantized_demo(config, tmp_path / "q3", device), device)
