@@ -84,17 +84,18 @@ def swap_lanes(x, distance):
 
 
 @triton.jit
-def sum_warp(x):
-    for bit in tl.static_range(5):
+def sum_lanes(x, BITS: tl.constexpr):
+    """The sum over each 2^BITS neighbouring lanes, in all of them."""
+    for bit in tl.static_range(BITS):
         distance = tl.full(x.shape, 1 << bit, tl.int32)
         x = tl.inline_asm_elementwise(_ADD_LANES, "=f,f,r", [x, distance], tl.float32, True, 1)
     return x
 
 
 @triton.jit
-def max_warp(x):
-    """NaN where any lane holds one."""
-    for bit in tl.static_range(5):
+def max_lanes(x, BITS: tl.constexpr):
+    """Likewise the largest, NaN where any lane holds one."""
+    for bit in tl.static_range(BITS):
         distance = tl.full(x.shape, 1 << bit, tl.int32)
         x = tl.inline_asm_elementwise(_MAX_LANES, "=f,f,r", [x, distance], tl.float32, True, 1)
     return x
@@ -120,6 +121,17 @@ def pack_halves(low, high, DTYPE: tl.constexpr):
         return tl.inline_asm_elementwise(_PACK_BF16, "=r,f,f", [high, low], tl.int32, True, 1)
     else:
         return tl.inline_asm_elementwise(_PACK_F16, "=r,f,f", [high, low], tl.int32, True, 1)
+
+
+@triton.jit
+def unpack_halves(word, DTYPE: tl.constexpr):
+    """The two values of a word of bf16 or fp16, as fp32."""
+    if tl.bfloat16 == DTYPE:
+        return as_float(word << 16), as_float(word & -65536)
+    else:
+        low = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        high = ((word >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        return low, high
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
-from polar_kernels.kernels.ptx import max_warp, sum_warp
+from polar_kernels.kernels.ptx import max_lanes, sum_lanes
 from polar_kernels.kernels.rotate_block import rotate_block
 from polar_kernels.tiles import LEVEL_STEP
 
@@ -25,18 +25,15 @@ _ROUND_BITS = tl.constexpr(0x4B400000)
 def quantize_block(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES: tl.constexpr, GATED: tl.constexpr):
     """Four columns of a block as the bytes of a word; half the sum of the block's integers, times the scale; it."""
     x0, x1, x2, x3 = rotate_block(x_ptr, scales_ptr, row, block, lane, K, HAS_SCALES, GATED)
-    peak = max_warp(_max(_max(tl.abs(x0), tl.abs(x1)), _max(tl.abs(x2), tl.abs(x3))))
-    # A NaN or an infinity anywhere in the block makes its scale NaN, and so the row's results.
-    inverse = tl.where(peak > 0, 127.0 / peak, 0.0)
+    peak = max_lanes(_max(_max(tl.abs(x0), tl.abs(x1)), _max(tl.abs(x2), tl.abs(x3))), 5)
+    inverse, scale = scales_of_peak(peak, delta)
     q0 = _round(x0 * inverse)
     q1 = _round(x1 * inverse)
     q2 = _round(x2 * inverse)
     q3 = _round(x3 * inverse)
-    total = sum_warp((q0 + q1 + q2 + q3).to(tl.float32))
+    total = sum_lanes((q0 + q1 + q2 + q3).to(tl.float32), 5)
     word = (q0 & 0xFF) | ((q1 & 0xFF) << 8) | ((q2 & 0xFF) << 16) | (q3 << 24)
-    # sqrt(128) of the rotation and sqrt(128) of the levels; levels are (v + 1/2) * delta, so that half the block's sum
-    # is missing from the integer product.
-    scale = tl.where(peak * 0 == 0, peak / 127.0 / 128.0 * delta, float("nan"))
+    # Levels are (v + 1/2) * delta, so that half the block's sum is missing from the integer product.
     return word, 0.5 * total * scale, scale
 
 
@@ -84,7 +81,24 @@ def _max(a, b):
 
 @triton.jit
 def _round(x):
-    return (x + _ROUND).to(tl.int32, bitcast=True) - _ROUND_BITS
+    return rounded_bits(x) - _ROUND_BITS
+
+
+@triton.jit
+def rounded_bits(x):
+    """Bits whose low byte is x rounded, x in -128..127."""
+    return (x + _ROUND).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def scales_of_peak(peak, delta):
+    """What a block is multiplied by to fill int8, and the scale of its products; peak: its largest magnitude.
+
+    A NaN or an infinity anywhere in the block makes its scale NaN, and so the row's results.
+    """
+    # sqrt(128) of the rotation and sqrt(128) of the levels.
+    scale = tl.where(peak * 0 == 0, peak / 127.0 / 128.0 * delta, float("nan"))
+    return tl.where(peak > 0, 127.0 / peak, 0.0), scale
 
 
 def quantize_activation(

@@ -10,31 +10,17 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
-from polar_kernels.kernels.ptx import as_float, load_cached, store_two, swap_lanes
+from polar_kernels.kernels.ptx import load_cached, max_lanes, store_two, sum_lanes, swap_lanes, unpack_halves
+from polar_kernels.kernels.quantize_activation import rounded_bits, scales_of_peak
 from polar_kernels.kernels.ring import chunk_words
 from polar_kernels.kernels.wgmma_forms import SPLIT_BLOCKS
 from polar_kernels.tiles import LEVEL_STEP
 
 _STEP = tl.constexpr(LEVEL_STEP)
-# 1.5 * 2^23: adding it rounds a small float to an integer in its low mantissa bits.
-_ROUND = tl.constexpr(12582912.0)
 _PACK_BYTES = tl.constexpr(
     "{ .reg .b32 a, b; prmt.b32 a, $1, $2, 0x0040; prmt.b32 b, $3, $4, 0x0040; prmt.b32 $0, a, b, 0x5410; }"
 )
 _ADD_BYTES = tl.constexpr("dp4a.s32.s32 $0, $1, 0x01010101, $2;")
-_ADD_LANES = tl.constexpr("{ .reg .b32 t; shfl.sync.bfly.b32 t, $1, $2, 0x1f, 0xffffffff; add.s32 $0, $1, t; }")
-_MAX_LANES = tl.constexpr("{ .reg .f32 t; shfl.sync.bfly.b32 t, $1, $2, 0x1f, 0xffffffff; max.NaN.f32 $0, $1, t; }")
-
-
-@triton.jit
-def _halves(word, DTYPE: tl.constexpr):
-    """The two values of a word of bf16 or fp16."""
-    if tl.bfloat16 == DTYPE:
-        return as_float(word << 16), as_float(word & -65536)
-    else:
-        low = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        high = ((word >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        return low, high
 
 
 @triton.jit
@@ -45,7 +31,7 @@ def _load(x_ptr, scales_ptr, row, column, K, HAS_SCALES: tl.constexpr, WHOLE: tl
         for part in tl.static_range(2):
             words = load_cached(x_ptr + row * K + column + 8 * part)
             for i in tl.static_range(4):
-                v = v + _halves(words[i], x_ptr.dtype.element_ty)
+                v = v + unpack_halves(words[i], x_ptr.dtype.element_ty)
     else:
         for i in tl.static_range(16):
             v = v + (tl.load(x_ptr + row * K + column + i, mask=column + i < K, other=0.0).to(tl.float32),)
@@ -82,21 +68,12 @@ def _turn_lanes(v, lane, bit: tl.constexpr):
 
 
 @triton.jit
-def _peak(v, lane):
+def _peak(v):
     """The largest magnitude of the block, NaN where it holds one."""
     peak = tl.abs(v[0])
     for i in tl.static_range(15):
         peak = tl.maximum(peak, tl.abs(v[i + 1]), propagate_nan=tl.PropagateNan.ALL)
-    for bit in tl.static_range(3):
-        distance = tl.full(lane.shape, 1 << bit, tl.int32)
-        peak = tl.inline_asm_elementwise(_MAX_LANES, "=f,f,r", [peak, distance], tl.float32, True, 1)
-    return peak
-
-
-@triton.jit
-def _rounded(x):
-    """A float's bits, whose low byte is x rounded."""
-    return (x + _ROUND).to(tl.int32, bitcast=True)
+    return max_lanes(peak, 3)
 
 
 @triton.jit(do_not_specialize=["K", "blocks", "products", "stride"])
@@ -133,26 +110,20 @@ def _quantize_chunks_kernel(
     v = _turn_lanes(v, lane, 0)
     v = _turn_lanes(v, lane, 1)
     v = _turn_lanes(v, lane, 2)
-    peak = _peak(v, lane)
-    # A NaN or an infinity anywhere in the block makes its scale NaN, and so the row's results.
-    inverse = tl.where(peak > 0, 127.0 / peak, 0.0)
+    peak = _peak(v)
+    inverse, scale = scales_of_peak(peak, delta)
     words = ()
     total = thread * 0
     for i in tl.static_range(4):
         values = [
-            _rounded(v[4 * i] * inverse),
-            _rounded(v[4 * i + 1] * inverse),
-            _rounded(v[4 * i + 2] * inverse),
-            _rounded(v[4 * i + 3] * inverse),
+            rounded_bits(v[4 * i] * inverse),
+            rounded_bits(v[4 * i + 1] * inverse),
+            rounded_bits(v[4 * i + 2] * inverse),
+            rounded_bits(v[4 * i + 3] * inverse),
         ]
         word = tl.inline_asm_elementwise(_PACK_BYTES, "=r,r,r,r,r", values, tl.int32, True, 1)
         total = tl.inline_asm_elementwise(_ADD_BYTES, "=r,r,r", [word, total], tl.int32, True, 1)
         words = words + (word,)
-    for bit in tl.static_range(3):
-        distance = tl.full(lane.shape, 1 << bit, tl.int32)
-        total = tl.inline_asm_elementwise(_ADD_LANES, "=r,r,r", [total, distance], tl.int32, True, 1)
-    # sqrt(128) of the rotation and sqrt(128) of the levels.
-    scale = tl.where(peak * 0 == 0, peak / 127.0 / 128.0 * delta, float("nan"))
     product = row // ROWS
     own = row % ROWS
     chunk = (product // products * blocks + block) * products + product % products
@@ -163,7 +134,7 @@ def _quantize_chunks_kernel(
     store_two(pair + (part // 2 * 2 ^ own % 8) * 4, words[0], words[2], inside.to(tl.int32))
     store_two(pair + (part // 2 * 2 + 1 ^ own % 8) * 4, words[1], words[3], inside.to(tl.int32))
     tl.store(out + ROWS * 32 + own, scale.to(tl.int32, bitcast=True), mask=inside & (part == 0))
-    half = tl.where(inside, 0.5 * total.to(tl.float32) * scale, 0.0)
+    half = tl.where(inside, 0.5 * sum_lanes(total.to(tl.float32), 3) * scale, 0.0)
     tl.store(halves_ptr + row * stride + block, half.to(tl.bfloat16), mask=(block < stride) & (part == 0))
 
 

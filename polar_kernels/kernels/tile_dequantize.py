@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from polar_kernels.kernels.decode_halves import decode_eight_halves
-from polar_kernels.kernels.ptx import load_cached, mma_halves, pack_halves, store_four
+from polar_kernels.kernels.ptx import load_cached, mma_halves, pack_halves, store_four, unpack_halves
 from polar_kernels.kernels.tile_access import load_tile, norm_of
 from polar_kernels.tiles import FP16_LEVELS, PLANE_WORDS, TILE_ROWS
 
@@ -43,13 +43,6 @@ def _turn_three_bits(v0, v1, v2, v3, v4, v5, v6, v7):
     v0, v1, v2, v3, v4, v5, v6, v7 = v0 + v1, v0 - v1, v2 + v3, v2 - v3, v4 + v5, v4 - v5, v6 + v7, v6 - v7
     v0, v1, v2, v3, v4, v5, v6, v7 = v0 + v2, v1 + v3, v0 - v2, v1 - v3, v4 + v6, v5 + v7, v4 - v6, v5 - v7
     return v0 + v4, v1 + v5, v2 + v6, v3 + v7, v0 - v4, v1 - v5, v2 - v6, v3 - v7
-
-
-@triton.jit
-def _halves(word):
-    low = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    high = ((word >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    return low, high
 
 
 @triton.jit
@@ -127,7 +120,7 @@ def _tile_dequantize_kernel(
             if HAS_SCALES:
                 scales = load_cached(scales_ptr + tl.minimum(column, K - 8))  # columns beyond K are not stored
                 for i in tl.static_range(4):
-                    first, second = _halves(scales[i])
+                    first, second = unpack_halves(scales[i], tl.float16)
                     inverse = inverse + (1.0 / first, 1.0 / second)
             for r in tl.static_range(2):
                 v = (
