@@ -55,6 +55,7 @@ def _expert_wgmma_kernel(
             1,
             WARPS,
             SHARED,
+            1,
         )
         g = thread % 32 // 4
         half = thread // 32 % 2

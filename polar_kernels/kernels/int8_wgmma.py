@@ -28,14 +28,16 @@ from polar_kernels.kernels.ring import (
     release_slot,
     reserve_shared,
     scales_of,
+    shared_memory,
     wait_for_slot,
 )
 from polar_kernels.kernels.tile_access import load_half_tile, norm_of
-from polar_kernels.kernels.wgmma_forms import Form, choose_cut
+from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS, Form, choose_cut
 from polar_kernels.kernels.wgmma_output import add_bias, add_halves, store_each, store_lines
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
 _SUM_SIZE = 1024
+_SHARE = tl.constexpr(SCALE_BLOCKS)
 
 
 def _start_code(rows: int) -> str:
@@ -68,14 +70,20 @@ _FINISH_64_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 32 + [str(i) for i in ra
 _FINISH_128_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 64 + [str(i) for i in range(64)]))
 _TYPES_64, _TYPES_128 = tl.constexpr((tl.int32,) * 32), tl.constexpr((tl.int32,) * 64)
 _FINISH = tl.constexpr("wgmma.wait_group.sync.aligned 0;")
-# Four sums $0..$3 plus the integers $8..$11 times the scales of two rows of x and the norms of two of the weight.
+# Four sums $0..$3 plus the integers $8..$11 times the norms of two rows of the weight and, of these, the scales of two
+# rows of x.
 _ADD_SCALED = tl.constexpr(
     "{ .reg .f32 product, factor;"
     + " ".join(
-        f"cvt.rn.f32.s32 product, ${8 + i}; mul.f32 factor, ${12 + i % 2}, ${14 + i // 2};"
+        f"cvt.rn.f32.s32 product, ${8 + i}; mul.f32 factor, ${12 + i // 2}, ${14 + i % 2};"
         f"fma.rn.f32 ${i}, product, factor, ${i};"
         for i in range(4)
     )
+    + " }"
+)
+_ADD = tl.constexpr(
+    "{ .reg .f32 product;"
+    + " ".join(f"cvt.rn.f32.s32 product, ${8 + i}; fma.rn.f32 ${i}, product, ${12 + i // 2}, ${i};" for i in range(4))
     + " }"
 )
 
@@ -98,23 +106,55 @@ def _finish(products, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _add_scaled(sums, products, at: tl.constexpr, scales, n0, n1):
-    """Sums `at` .. at + 3 plus the products of two rows of x and two of the weight, times their scales and norms.
+def _add(sums, products, at: tl.constexpr, n0, n1):
+    """Sums `at` .. at + 3 plus the products of two rows of x and two of the weight, times the norms of those.
 
     One block of assembly, so that a sum stays in its register.
     """
+    return tl.inline_asm_elementwise(
+        _ADD,
+        "=f,=f,=f,=f,0,1,2,3,r,r,r,r,f,f",
+        [
+            sums[at], sums[at + 1], sums[at + 2], sums[at + 3],
+            products[at], products[at + 1], products[at + 2], products[at + 3],
+            n0, n1,
+        ],
+        (tl.float32, tl.float32, tl.float32, tl.float32),
+        False,
+        1,
+    )  # fmt: skip
+
+
+@triton.jit
+def add_scaled(sums, products, at: tl.constexpr, n0, n1, scales):
+    """Sums `at` .. at + 3 plus the products of two rows of x and two of the weight, times the scales of both."""
     return tl.inline_asm_elementwise(
         _ADD_SCALED,
         "=f,=f,=f,=f,0,1,2,3,r,r,r,r,f,f,f,f",
         [
             sums[at], sums[at + 1], sums[at + 2], sums[at + 3],
             products[at], products[at + 1], products[at + 2], products[at + 3],
-            scales[0], scales[1], n0, n1,
+            n0, n1, scales[0], scales[1],
         ],
         (tl.float32, tl.float32, tl.float32, tl.float32),
         False,
         1,
     )  # fmt: skip
+
+
+@triton.jit
+def _times_scales(sums, first_scales, slot, ROWS: tl.constexpr, INVERSE: tl.constexpr):
+    """Sums of a product times the scales of its rows of x, or divided by them."""
+    scaled = ()
+    for group in tl.static_range(ROWS // 8):
+        s0, s1 = load_scales(first_scales, slot, group, ROWS, INVERSE)
+        scaled = scaled + (
+            sums[4 * group] * s0,
+            sums[4 * group + 1] * s1,
+            sums[4 * group + 2] * s0,
+            sums[4 * group + 3] * s1,
+        )
+    return scaled
 
 
 @triton.jit
@@ -147,12 +187,14 @@ def multiply_bands(
     PRODUCTS: tl.constexpr,
     WARPS: tl.constexpr,
     SHARED: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
     """Two warps a band times the program's rows of x: ROWS / 2 * PRODUCTS sums a thread, as `wgmma_output` has them,
     the halves of the levels left out; q; and the address of SHARED bytes of shared memory.
 
     first: a thread's first tile, after which come count - 1 more; first_chunk: the number of the program's first chunk.
-    Waits for the kernel before, which writes x, and starts to read weights before that.
+    Waits for the kernel before, which writes x, and starts to read weights before that. SHARE: how many blocks of a row
+    of x, from the first on, have one scale.
     """
     SLOTS: tl.constexpr = choose_slots(ROWS, SHARED)
     SUMS: tl.constexpr = ROWS // 2  # of a product
@@ -162,7 +204,7 @@ def multiply_bands(
     last = first + count - 1
     tile = load_half_tile(tiles_ptr, norms_ptr, first, half, lane, WIDTH)
     table = load_cached(table_ptr + thread * 0)
-    ring = open_ring(thread, ROWS, SLOTS, WARPS)
+    ring = open_ring(shared_memory(thread), thread, ROWS, SLOTS, WARPS)
     # Everything above was there before; x comes from the kernel before this one.
     q = lane % 4 + wait_for_previous_kernel(thread)
     chunks = count * PRODUCTS
@@ -188,9 +230,19 @@ def multiply_bands(
             _refill(ring, slot, parity, done, chunks, source, thread, ROWS, SLOTS)
             products = _finish(products, ROWS)
             own = sums[SUMS * product : SUMS * product + SUMS]
+            # Between the first and the last block that share scales, sums are what is to be multiplied by those.
+            if SHARE > 1 and step % SHARE == 0:
+                own = _times_scales(own, first_scales, slot, ROWS, True)
+            new = ()
             for group in tl.static_range(ROWS // 8):
-                scales = load_scales(first_scales, slot, group, ROWS)
-                added = added + _add_scaled(own, products, 4 * group, scales, n0, n1)
+                if SHARE > 1:
+                    new = new + _add(own, products, 4 * group, n0, n1)
+                else:
+                    scales = load_scales(first_scales, slot, group, ROWS, False)
+                    new = new + add_scaled(own, products, 4 * group, n0, n1, scales)
+            if SHARE > 1 and (step % SHARE == SHARE - 1 or step == count - 1):
+                new = _times_scales(new, first_scales, slot, ROWS, False)
+            added = added + new
             release_slot(ring, slot, lane, ROWS, SLOTS)
             slot, parity = next_slot(slot, parity, SLOTS)
             done += 1
@@ -230,7 +282,20 @@ def _int8_wgmma_kernel(
     first = tl.minimum(band, tl.cdiv(N, 32) - 1) * blocks + first_block
     first_chunk = (tl.program_id(0).to(tl.int64) * blocks + first_block) * PRODUCTS
     sums, q, shared = multiply_bands(
-        tiles_ptr, norms_ptr, table_ptr, x_ptr, first_chunk, first, count, thread, WIDTH, ROWS, PRODUCTS, WARPS, SHARED
+        tiles_ptr,
+        norms_ptr,
+        table_ptr,
+        x_ptr,
+        first_chunk,
+        first,
+        count,
+        thread,
+        WIDTH,
+        ROWS,
+        PRODUCTS,
+        WARPS,
+        SHARED,
+        _SHARE,
     )
     first_row = tl.program_id(0) * (ROWS * PRODUCTS)
     halves = halves_ptr + first_row.to(tl.int64) * stride + first_block // 2
@@ -240,10 +305,10 @@ def _int8_wgmma_kernel(
         sums = add_bias(sums, bias_ptr, row, N, GROUPS)
     if LINES:
         first_column = tl.program_id(1) * (16 * WARPS)
-        store_lines(sums, out_ptr, shared, thread, first_row, first_column, M, N, GROUPS, WARPS)
+        store_lines(sums, out_ptr, shared, thread, first_row, first_column, M, N, N, GROUPS, WARPS)
     else:
         out = out_ptr + tl.program_id(2).to(tl.int64) * M * N
-        store_each(sums, out, first_row, row, q, M, N, GROUPS)
+        store_each(sums, out, first_row, row, q, M, N, N, GROUPS)
 
 
 @triton.jit(do_not_specialize=["splits", "size", "N"])
@@ -272,7 +337,7 @@ def int8_wgmma_linear(
 ) -> torch.Tensor:
     """x [M, K] contiguous, bf16 or fp16, times the transposed weight, plus bias: [M, N] in x's dtype.
 
-    cut: the form, and how many blocks of K a program takes at most, a multiple of SPLIT_BLOCKS; by shape when None.
+    cut: the form, and how many blocks of K a program takes at most, a multiple of SCALE_BLOCKS; by shape when None.
     """
     rows = x.shape[0]
     blocks = tiles.shape[0] // triton.cdiv(out_features, TILE_ROWS)

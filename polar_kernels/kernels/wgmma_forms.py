@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-SPLIT_BLOCKS = 8  # programs share the blocks of K by so many
+SCALE_BLOCKS = 4  # blocks of a row of x that have one scale; programs share the blocks of K by as many
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def choose_cut(rows: int, out_features: int, blocks: int, multiprocessors: int) 
         while programs * splits * 2 <= 3 * multiprocessors and splits * 4 <= blocks:
             splits *= 2
         return FORMS[0], _split_blocks(blocks, splits)
-    shares = range(1, max(2, min(blocks // SPLIT_BLOCKS, 16) + 1))
+    shares = range(1, max(2, min(blocks // SCALE_BLOCKS, 16) + 1))
     cuts = [(form, _split_blocks(blocks, share)) for form in FORMS[1:] for share in shares]
     return min(cuts, key=lambda cut: _predict(cut[0], cut[1], rows, out_features, blocks, multiprocessors))
 
@@ -62,7 +62,7 @@ def _predict(form: Form, split_blocks: int, rows: int, out_features: int, blocks
 
 
 def _split_blocks(blocks: int, splits: int) -> int:
-    return _cdiv(_cdiv(blocks, splits), SPLIT_BLOCKS) * SPLIT_BLOCKS
+    return _cdiv(_cdiv(blocks, splits), SCALE_BLOCKS) * SCALE_BLOCKS
 
 
 def _cdiv(a: int, b: int) -> int:

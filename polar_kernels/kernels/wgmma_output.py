@@ -7,7 +7,7 @@ A thread holds, for each group i of 8 rows of x, four sums: rows g and g + 8 of 
 import triton
 import triton.language as tl
 
-from polar_kernels.kernels.ptx import load_cached, mma_halves, pack_halves, store_four
+from polar_kernels.kernels.ptx import load_cached_two, mma_halves, pack_halves, store_four
 from polar_kernels.kernels.tile_access import norm_of
 
 _STORE_TRANSPOSED = tl.constexpr(
@@ -25,27 +25,28 @@ def _two_norms(norms_ptr, tile, block, count, g, half):
 
 @triton.jit
 def add_halves(sums, norms_ptr, halves_ptr, first, count, stride, g, half, q, GROUPS: tl.constexpr):
-    """The sums plus norms times halves: products of the tensor cores with 32 blocks of K at a time.
+    """The sums plus norms times halves: products of the tensor cores with 16 blocks of K at a time.
 
     first: the first of a warp's `count` tiles; halves_ptr: int32, two a word, from the first row and the first block;
-    stride: words of a row. Which block of K is which column of the instruction is free, so that a lane reads 16 bytes.
+    stride: words of a row. Which block of K is which column of the instruction is free, so that a lane reads 8 bytes.
     """
-    for step in range(0, tl.cdiv(count, 32)):
-        block = step * 32 + 8 * q
-        a = ()
-        for i in tl.static_range(4):
-            low0, high0 = _two_norms(norms_ptr, first, block + 2 * i, count, g, half)
-            low1, high1 = _two_norms(norms_ptr, first, block + 2 * i + 1, count, g, half)
-            a = a + (pack_halves(low0, low1, tl.bfloat16), pack_halves(high0, high1, tl.bfloat16))
+    for step in range(0, tl.cdiv(count, 16)):
+        block = step * 16 + 4 * q
+        low0, high0 = _two_norms(norms_ptr, first, block, count, g, half)
+        low1, high1 = _two_norms(norms_ptr, first, block + 1, count, g, half)
+        low2, high2 = _two_norms(norms_ptr, first, block + 2, count, g, half)
+        low3, high3 = _two_norms(norms_ptr, first, block + 3, count, g, half)
+        a0 = pack_halves(low0, low1, tl.bfloat16)
+        a1 = pack_halves(high0, high1, tl.bfloat16)
+        a2 = pack_halves(low2, low3, tl.bfloat16)
+        a3 = pack_halves(high2, high3, tl.bfloat16)
         # Norms of blocks beyond the last are zero, and what they are multiplied by must be finite where its row is.
         piece = halves_ptr + tl.where(block < count, block // 2, 0)
         added = ()
         for i in tl.static_range(GROUPS):
-            b = load_cached(piece + (8 * i + g).to(tl.int64) * stride)
+            b0, b1 = load_cached_two(piece + (8 * i + g).to(tl.int64) * stride)
             c = (sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3])
-            c = mma_halves(a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], c[2], c[3], tl.bfloat16)
-            c = mma_halves(a[4], a[5], a[6], a[7], b[2], b[3], c[0], c[1], c[2], c[3], tl.bfloat16)
-            added = added + (c[0], c[1], c[2], c[3])
+            added = added + mma_halves(a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3], tl.bfloat16)
         sums = added
     return sums
 
@@ -69,9 +70,10 @@ def _meet(thread):
 
 @triton.jit
 def store_lines(
-    sums, out_ptr, shared, thread, first_row, first_column, M, N, GROUPS: tl.constexpr, WARPS: tl.constexpr
+    sums, out_ptr, shared, thread, first_row, first_column, M, N, line, GROUPS: tl.constexpr, WARPS: tl.constexpr
 ):
-    """Store to out [M, N], bf16 or fp16, N a multiple of 8, rows from first_row and columns from first_column on.
+    """Store to out [M, N], bf16 or fp16, rows from first_row and columns from first_column on. line: from a row to the
+    next, like N a multiple of 8.
 
     By way of shared memory, of which GROUPS * 8 * (32 * WARPS + 16) bytes are overwritten, so that what a warp stores
     is in few runs.
@@ -102,16 +104,16 @@ def store_lines(
         )
         row = first_row + own
         keep = ((row < M) & (column < N)).to(tl.int32)
-        store_four(out_ptr + row.to(tl.int64) * N + column, w0, w1, w2, w3, keep)
+        store_four(out_ptr + row.to(tl.int64) * line + column, w0, w1, w2, w3, keep)
 
 
 @triton.jit
-def store_each(sums, out_ptr, first_row, row, q, M, N, GROUPS: tl.constexpr):
-    """Store to out [M, N] of any dtype and width, rows of x from first_row on; row: of the weight."""
+def store_each(sums, out_ptr, first_row, row, q, M, N, line, GROUPS: tl.constexpr):
+    """Store to out [M, N] of any dtype and width, rows of x from first_row on; row: of the weight; line: as above."""
     for i in tl.static_range(GROUPS):
         for e in tl.static_range(2):
             x_row = first_row + i * 8 + 2 * q + e
-            out = out_ptr + x_row.to(tl.int64) * N + row
+            out = out_ptr + x_row.to(tl.int64) * line + row
             keep = x_row < M
             tl.store(out, sums[4 * i + e].to(out_ptr.dtype.element_ty), mask=keep & (row < N))
             tl.store(out + 8, sums[4 * i + 2 + e].to(out_ptr.dtype.element_ty), mask=keep & (row + 8 < N))

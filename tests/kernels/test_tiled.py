@@ -15,7 +15,7 @@ from polar_kernels import (
 )
 from polar_kernels.kernels import tiled as kernels_tiled
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
-from polar_kernels.kernels.wgmma_forms import FORMS, SPLIT_BLOCKS, Form, choose_cut
+from polar_kernels.kernels.wgmma_forms import FORMS, SCALE_BLOCKS, Form, choose_cut
 from polar_kernels.tiles import level_table, tile_weight, untile_weight
 
 BITS = [2, 3, 4, 5]
@@ -134,7 +134,7 @@ def test_the_cut_fills_the_gpu(rows: int, blocks: int, out_features: int) -> Non
     assert form in FORMS
     assert (form.rows == 64) == (rows <= 64)
     assert split_blocks > 0
-    assert split_blocks % SPLIT_BLOCKS == 0
+    assert split_blocks % SCALE_BLOCKS == 0
     assert out_features < 100_000 or splits == 1
     programs = -(-rows // form.rows) * -(-out_features // (16 * form.warps)) * splits
     assert programs >= 32 or split_blocks <= 16
