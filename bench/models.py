@@ -69,7 +69,13 @@ class _Rows:
 
     def measure(self, model: PreTrainedModel, provider: str, seconds: float, points: Sequence[Point]) -> None:
         for phase, context, batch in points:
-            rates, peak = measure_phase(model, phase, context, batch, self.runs)
+            try:
+                rates, peak = measure_phase(model, phase, context, batch, self.runs)
+            except torch.OutOfMemoryError as error:
+                what = f"{provider}: {phase} {context} x {batch}"
+                warnings.warn(f"{what} is left out: {str(error).splitlines()[0]}", stacklevel=2)
+                torch.cuda.empty_cache()
+                continue
             self._add(model, provider, phase, context, batch, rates, peak, seconds)
 
     def measure_load(self, model: PreTrainedModel, provider: str) -> None:
@@ -110,12 +116,15 @@ def run(
     and after `accelerate`, which groups projections too; with load, what is quantised saved and loaded as well; with
     profile, where the time of an accelerated step goes.
 
-    What cannot be measured is left out with a warning: a model that does not fit, one that accelerate does not take.
+    Without it decoding is measured at the shortest context only: it takes the host's time, whatever the context. What
+    cannot be measured is left out with a warning: a model or a batch that does not fit, one that accelerate does not
+    take.
     """
     decoding = [("decode", context, batch) for context in contexts for batch in batches]
     prompts = [("prefill", context, 1) for context in sorted({*prefill, *contexts})]
+    plain = prompts + [point for point in decoding if point[1] == min(contexts)]
     first = [("first token", context, 1) for context in contexts]
-    total = len(makes) * (2 * len(prompts) + 2 * len(decoding) + len(first) + 1) + load
+    total = len(makes) * (len(plain) + len(prompts) + len(first) + len(decoding) + 1) + load
     rows = _Rows(name, runs, total, progress)
     works: list[KindOfWork] = []
     for provider, make in makes.items():
@@ -127,7 +136,7 @@ def run(
             continue
         finish(model.device)
         built = time.perf_counter() - started
-        rows.measure(model, provider, built, prompts + decoding)
+        rows.measure(model, provider, built, plain)
         if load and provider.startswith("polar"):
             rows.measure_load(model, provider)
         accelerated = f"{provider}, accelerated"

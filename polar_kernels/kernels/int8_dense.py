@@ -1,9 +1,9 @@
 """The product for many rows on Hopper: the weight requantised to int8 part by part, both operands in shared memory.
 
-A program multiplies 128 rows of the weight by 256 of x, a warpgroup 64 of the weight's. Four blocks of K share scales, on
-both sides, so that the tensor cores add up 512 columns before a sum becomes a float. A warpgroup has registers for the
-integers of 128 rows of x only: it takes the four blocks with the first 128 and then again with the others, for which
-the weight's chunks stay in their slots.
+A program multiplies 128 rows of the weight by 256 of x, a warpgroup 64 of the weight's. Four blocks of K share scales,
+on both sides, so that the tensor cores add up 512 columns before a sum becomes a float. A warpgroup has registers for
+the integers of 128 rows of x only: it takes the four blocks with the first 128 and then again with the others, for
+which the weight's chunks stay in their slots.
 """
 
 import torch
@@ -69,7 +69,7 @@ _GO_ON_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 64 + [str(i) for i in range(
 _FINISH_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 64 + [str(i) for i in range(64)]))
 _TYPES = tl.constexpr((tl.int32,) * 64)
 _FINISH = tl.constexpr("wgmma.wait_group.sync.aligned 0;")
-_FINISH_LAST_BUT_ONE = tl.constexpr("wgmma.wait_group.sync.aligned 1;")
+_FINISH_OTHERS = tl.constexpr("wgmma.wait_group.sync.aligned 1;")  # but the one that was started last
 
 
 @triton.jit
@@ -84,10 +84,21 @@ def _fill_x(ring, slot, parity, later: tl.constexpr, group, groups, source, thre
 
 @triton.jit
 def _fill_w(ring, block: tl.constexpr, group, groups, source, thread, WAIT: tl.constexpr):
-    """Start copying the group's chunk of a block into its slot."""
+    """Start copying a group's chunk of a block into its slot."""
     copies = ((thread == 0) & (group < groups)).to(tl.int32)
-    from_ = source + (group * _SHARE + block).to(tl.int64) * _W_CHUNK
-    fill_slot(ring, group * 0 + block, (group + 1) % 2, copies, from_, _R, _NW, WAIT, False)
+    chunk = source + (group * _SHARE + block).to(tl.int64) * _W_CHUNK
+    fill_slot(ring, group * 0 + block, (group + 1) % 2, copies, chunk, _R, _NW, WAIT, False)
+
+
+@triton.jit
+def _leave(x_ring, w_ring, slot, parity, done: tl.constexpr, group, groups, x_source, w_source, thread):
+    """Release the group's chunk `done` of x, and that of the weight if no other needs it; start to fill their slots."""
+    lane = thread % 32
+    release_slot(x_ring, slot, lane, _R, _NX)
+    _fill_x(x_ring, slot, parity, done + _NX, group, groups, x_source, thread, True)
+    if done >= (_NP - 1) * _SHARE:
+        release_slot(w_ring, thread * 0 + done % _SHARE, lane, _R, _NW, False)
+        _fill_w(w_ring, done % _SHARE, group + 1, groups, w_source, thread, True)
 
 
 @triton.jit(do_not_specialize=["M", "N", "groups", "line", "scales_line"])
@@ -116,10 +127,11 @@ def _int8_dense_kernel(
     ready = wait_for_previous_kernel(thread)
     x_source = x_ptr.to(tl.int64) + tl.program_id(0).to(tl.int64) * groups * (_SHARE * _NP * _X_CHUNK) + ready
     w_source = w_ptr.to(tl.int64) + tl.program_id(1).to(tl.int64) * groups * (_SHARE * _W_CHUNK) + ready
+    start = tl.program_id(0) * 0
     for block in tl.static_range(_NW):
-        _fill_w(w_ring, block, groups * 0, groups, w_source, thread, False)
+        _fill_w(w_ring, block, start, groups, w_source, thread, False)
         if block < _NX:
-            _fill_x(x_ring, thread * 0 + block, 0, block, groups * 0, groups, x_source, thread, False)
+            _fill_x(x_ring, start + block, 0, block, start, groups, x_source, thread, False)
     sums = ()
     for _ in tl.static_range(_SUMS * _NP):
         sums = sums + (tl.zeros(lane.shape, tl.float32),)
@@ -129,49 +141,38 @@ def _int8_dense_kernel(
     slot = 0
     parity = 0
     for group in range(0, groups):
-        n0 = tl.load(w_scales_ptr + group.to(tl.int64) * scales_line + row + ready, mask=row < N, other=0.0)
-        n1 = tl.load(w_scales_ptr + group.to(tl.int64) * scales_line + row + 8 + ready, mask=row + 8 < N, other=0.0)
+        norms = w_scales_ptr + (start + group).to(tl.int64) * scales_line + row + ready
+        n0 = tl.load(norms, mask=row < N, other=0.0)
+        n1 = tl.load(norms + 8, mask=row + 8 < N, other=0.0)
         added = ()
         for product in tl.static_range(_NP):
-            for block in tl.static_range(_SHARE):
-                last = slot
-                last_parity = parity
-                if block > 0:
-                    slot, parity = next_slot(slot, parity, _NX)
-                w = wait_for_slot(w_ring, thread * 0 + block, group % 2, _R, _NW, False) + own_rows
+            x = wait_for_slot(x_ring, slot, parity, _R, _NX)
+            w = wait_for_slot(w_ring, start, group % 2, _R, _NW, False) + own_rows
+            products = tl.inline_asm_elementwise(_START, _START_CONSTRAINTS, (w, x), _TYPES, False, 1)
+            for block in tl.static_range(1, _SHARE):
+                before = slot
+                before_parity = parity
+                slot, parity = next_slot(slot, parity, _NX)
                 x = wait_for_slot(x_ring, slot, parity, _R, _NX)
-                if block == 0:
-                    products = tl.inline_asm_elementwise(_START, _START_CONSTRAINTS, (w, x), _TYPES, False, 1)
-                else:
-                    products = tl.inline_asm_elementwise(
-                        _GO_ON, _GO_ON_CONSTRAINTS, products + (w, x), _TYPES, False, 1
-                    )
-                    products = tl.inline_asm_elementwise(
-                        _FINISH_LAST_BUT_ONE, _FINISH_CONSTRAINTS, products, _TYPES, False, 1
-                    )
-                    release_slot(x_ring, last, lane, _R, _NX)
-                    _fill_x(x_ring, last, last_parity, product * _SHARE + block - 1 + _NX, group, groups, x_source, thread, True)
-                    if product == _NP - 1:
-                        release_slot(w_ring, thread * 0 + block - 1, lane, _R, _NW, False)
-                        _fill_w(w_ring, block - 1, group + 1, groups, w_source, thread, True)
+                w = wait_for_slot(w_ring, start + block, group % 2, _R, _NW, False) + own_rows
+                products = tl.inline_asm_elementwise(_GO_ON, _GO_ON_CONSTRAINTS, products + (w, x), _TYPES, False, 1)
+                products = tl.inline_asm_elementwise(_FINISH_OTHERS, _FINISH_CONSTRAINTS, products, _TYPES, False, 1)
+                done = product * _SHARE + block - 1
+                _leave(x_ring, w_ring, before, before_parity, done, group, groups, x_source, w_source, thread)
             products = tl.inline_asm_elementwise(_FINISH, _FINISH_CONSTRAINTS, products, _TYPES, False, 1)
             own = sums[_SUMS * product : _SUMS * product + _SUMS]
             for i in tl.static_range(_R // 8):
                 added = added + add_scaled(own, products, 4 * i, n0, n1, load_scales(scales, slot, i, _R, False))
-            release_slot(x_ring, slot, lane, _R, _NX)
-            _fill_x(x_ring, slot, parity, product * _SHARE + _SHARE - 1 + _NX, group, groups, x_source, thread, True)
-            if product == _NP - 1:
-                release_slot(w_ring, thread * 0 + _SHARE - 1, lane, _R, _NW, False)
-                _fill_w(w_ring, _SHARE - 1, group + 1, groups, w_source, thread, True)
+            done = product * _SHARE + _SHARE - 1
+            _leave(x_ring, w_ring, slot, parity, done, group, groups, x_source, w_source, thread)
             slot, parity = next_slot(slot, parity, _NX)
         sums = added
     first_row = tl.program_id(0) * (_R * _NP)
     if HAS_BIAS:
         sums = add_bias(sums, bias_ptr, row, N, _R // 8 * _NP)
     if LINES:
-        store_lines(
-            sums, out_ptr, shared, thread, first_row, tl.program_id(1) * (16 * _W), M, N, line, _R // 8 * _NP, _W
-        )
+        first_column = tl.program_id(1) * (16 * _W)
+        store_lines(sums, out_ptr, shared, thread, first_row, first_column, M, N, line, _R // 8 * _NP, _W)
     else:
         store_each(sums, out_ptr, first_row, row, q, M, N, line, _R // 8 * _NP)
 

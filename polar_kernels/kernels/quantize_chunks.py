@@ -1,8 +1,8 @@
 """Activations into the rotated domain and into int8, in the chunks that `int8_wgmma` multiplies by.
 
 A quarter of a warp takes one block of one row, a lane 16 columns: most of the transform and of the search for the peak
-is then done in registers. The four blocks of a warp share a scale: a product's sums then need no scale of x a block, but
-one in four, and the rounding error is at most twice, mostly a tenth more than, that of a scale for each.
+is then done in registers. The four blocks of a warp share a scale, so that a product's sums need one for every four
+blocks only; the rounding error is at most twice that of a scale for each block, mostly a tenth more.
 """
 
 import torch

@@ -68,8 +68,9 @@ def quantize_grouped(
     that belong to them, bf16 [groups * GROUP_ROWS, >= Kp / 128], as `quantize_chunks` has them.
 
     places: int32 [M * copies], where the copies of each row go, the GROUP_ROWS rows of one group after the other's;
-    nowhere where negative. Each block has its own scale; inverses are left unwritten. gated: as `quantize_activation`'s. Rows without an x are left unwritten. The kernel that
-    follows may read what was written before this one without waiting.
+    nowhere where negative. gated: as `quantize_activation`'s. Each block has its own scale, whose inverse is left
+    unwritten, as are rows without an x. The kernel that follows may read what was written before this one without
+    waiting.
     """
     rows, in_features = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
     blocks = padded_size(in_features) // BLOCK_SIZE

@@ -29,8 +29,10 @@ _PACK_TWICE = tl.constexpr("cvt.rn.f16x2.f32 $0, $1, $1;")
 
 @triton.jit
 def _factor(norms_ptr, first, own, row, delta):
-    """What a row's levels of a block are multiplied by, twice in a word of fp16, and the largest norm of the blocks that
-    share it. norms_ptr: where tile 0 has the row's; first: the first of the blocks' tiles; own: the block's."""
+    """What a row's levels of a block are multiplied by, twice in a word of fp16; the largest norm of the four blocks.
+
+    row: its place among a tile's norms; first: the first of the blocks' tiles; own: the block's.
+    """
     peak = tl.zeros(row.shape, tl.float32)
     for block in tl.static_range(_SHARE):
         peak = tl.maximum(peak, tl.abs(tl.load(norms_ptr + (first + block).to(tl.int64) * 32 + row).to(tl.float32)))

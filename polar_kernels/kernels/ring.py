@@ -1,9 +1,9 @@
 """Rings of slots in shared memory for chunks of int8, copied there ahead of their use.
 
-A chunk is one 128-block of some rows, in the order that wgmma's swizzle of 128 bytes expects. One of activations, SCALED,
-has a scale of fp32 for each of those rows after that, then one over each scale. One thread starts the copies of a chunk.
-Each slot has two mbarriers: `full` opens when they have landed, `empty` when every warp has released the slot. In a
-ring, all slots' rows come first, then all scales, then the barriers.
+A chunk is one 128-block of some rows, in the order that wgmma's swizzle of 128 bytes expects. Activations, SCALED, have
+a scale of fp32 for each of those rows after that, then one over each scale. One thread starts a chunk's copies. Each
+slot has two mbarriers: `full` opens when they have landed, `empty` when every warp has released the slot. In a ring,
+all slots' rows come first, then all scales, then the barriers.
 """
 
 import triton
@@ -117,9 +117,7 @@ def shared_memory(thread):
 
 
 @triton.jit
-def open_ring(
-    ring, thread, ROWS: tl.constexpr, SLOTS: tl.constexpr, WARPS: tl.constexpr, SCALED: tl.constexpr = True
-):
+def open_ring(ring, thread, ROWS: tl.constexpr, SLOTS: tl.constexpr, WARPS: tl.constexpr, SCALED: tl.constexpr = True):
     """The ring at an address of shared memory, its barriers made. All threads of the program together."""
     code: tl.constexpr = _open_code(ROWS, SLOTS, WARPS, SCALED)
     return tl.inline_asm_elementwise(code, "=&r,r,r", [ring, thread], tl.int32, False, 1)
@@ -166,7 +164,7 @@ def scales_of(ring, q, ROWS: tl.constexpr, SLOTS: tl.constexpr):
 
 @triton.jit
 def load_scales(first_scales, slot, group: tl.constexpr, ROWS: tl.constexpr, INVERSE: tl.constexpr):
-    """The scales of rows 8 group + 2 q and the next of a slot's chunk, or one over them; first_scales: as `scales_of`."""
+    """The scales of rows 8 group + 2 q and the next of a slot's chunk, or one over them; first_scales: by `scales_of`."""
     return tl.inline_asm_elementwise(
         _load_scales_code(ROWS, group, INVERSE),
         "=f,=f,r",

@@ -3,7 +3,8 @@
 | rows of x | int8 | exact |
 |---|---|---|
 | 1 to 32, to 64 of a small weight | int8_matmul | exact_matmul, 16 at a time, to 48 |
-| to 1536, to 256 of a tiny weight, on Hopper | int8_wgmma | dense |
+| to 1024, to 256 of a tiny weight, on Hopper | int8_wgmma | dense |
+| more, of a weight that is not tiny, K a multiple of 512, on Hopper | int8_dense | dense |
 | more | dense | dense |
 
 dense: the weight dequantised, a part at a time, into one buffer that cuBLAS multiplies by. fp32 takes the plain kernel.
@@ -17,8 +18,9 @@ import torch
 
 from polar_kernels.codebook import bits_of
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
-from polar_kernels.kernels import dequantize, exact_matmul, int8_matmul, matmul
+from polar_kernels.kernels import dequantize, exact_matmul, int8_dense, int8_matmul, matmul
 from polar_kernels.kernels.exact_matmul import exact_linear
+from polar_kernels.kernels.int8_dense import int8_dense_linear
 from polar_kernels.kernels.int8_matmul import int8_linear
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
 from polar_kernels.kernels.tile_dequantize import dequantize_tiles
@@ -28,7 +30,7 @@ from polar_kernels.tiles import TILE_ROWS, untile_weight
 _EXACT_ROWS = 3 * exact_matmul.MAX_ROWS
 _NARROW_ROWS = 32  # int8_matmul; twice as many where the weight is small: has at most so many tiles
 _SMALL_TILES = 4096
-_WGMMA_ROWS = 1536
+_WGMMA_ROWS = 1024
 _TINY_WGMMA_ROWS, _TINY_TILES = 256, 1024  # where the weight is tiny: has at most so many tiles
 _NARROW_ONLY_ROWS = 2 * int8_matmul.MAX_ROWS  # int8_matmul on GPUs without wgmma
 _SCRATCH_BYTES = 64 << 20  # of dense weight that a dense product holds at a time, at most
@@ -64,7 +66,10 @@ def tiled_linear(
     if rows <= (2 * _NARROW_ROWS if small else _NARROW_ROWS):
         return int8_linear(x, *weight)
     wgmma = has_wgmma(x.device)
-    most = (_TINY_WGMMA_ROWS if len(tiles) <= _TINY_TILES else _WGMMA_ROWS) if wgmma else _NARROW_ONLY_ROWS
+    tiny = len(tiles) <= _TINY_TILES
+    if wgmma and not tiny and rows > _WGMMA_ROWS and in_features % int8_dense.IN_FEATURES == 0:
+        return int8_dense_linear(x, *weight)
+    most = (_TINY_WGMMA_ROWS if tiny else _WGMMA_ROWS) if wgmma else _NARROW_ONLY_ROWS
     if can_be_dense and rows > most:
         return _dense_linear(x, *weight)
     return int8_wgmma_linear(x, *weight) if wgmma else _in_parts(int8_linear, int8_matmul.MAX_ROWS, x, weight)

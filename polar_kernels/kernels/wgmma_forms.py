@@ -33,8 +33,8 @@ class Form:
         return 1 << 17 if self.resident == 1 else 1 << 16
 
 
-FORMS = (Form(64, 8, 128, 2, 1.08), Form(128, 4, 168, 3, 1.5), Form(128, 8, 255, 1, 0.82), Form(256, 8, 255, 1, 1.46))
-_START_TIME = 4.0  # microseconds of a program outside its loop
+FORMS = (Form(64, 8, 128, 2, 1.08), Form(128, 4, 168, 3, 1.14), Form(128, 8, 255, 1, 0.815), Form(256, 8, 255, 1, 1.37))
+_START_TIME = 2.0  # microseconds of a program outside its loop
 
 
 @lru_cache(maxsize=4096)
@@ -57,7 +57,7 @@ def _predict(form: Form, split_blocks: int, rows: int, out_features: int, blocks
     splits = _cdiv(blocks, split_blocks)
     programs = _cdiv(rows, form.rows) * _cdiv(out_features, 16 * form.warps) * splits
     waves = _cdiv(programs, form.resident * multiprocessors)
-    adding = 1.5 + splits * rows * out_features * 8 / 4e6 if splits > 1 else 0.0
+    adding = splits * rows * out_features * 8 / 3.2e6 if splits > 1 else 0.0
     return waves * (split_blocks * form.block_time + _START_TIME) + adding
 
 

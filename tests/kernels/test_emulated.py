@@ -295,7 +295,8 @@ class Bands:
         size = 4 * chunk_words(rows)
         for step in range(blocks * products):
             chunk = np.frombuffer(ctypes.string_at(start + (number + step) * size, size), np.uint32)
-            x_rows, scales = _unswizzle(chunk[: rows * 32].reshape(rows, 8, 4)), chunk[rows * 32 : rows * 33].view(np.float32)
+            x_rows = _unswizzle(chunk[: rows * 32].reshape(rows, 8, 4))
+            scales = chunk[rows * 32 : rows * 33].view(np.float32)
             block = tile % block_of_row + step // products
             columns = block[:, None] * 128 + np.arange(128)
             part = slice(step % products * rows, (step % products + 1) * rows)

@@ -14,6 +14,7 @@ from polar_kernels import (
     reference,
 )
 from polar_kernels.kernels import tiled as kernels_tiled
+from polar_kernels.kernels.int8_dense import int8_dense_linear
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
 from polar_kernels.kernels.wgmma_forms import FORMS, SCALE_BLOCKS, Form, choose_cut
 from polar_kernels.tiles import level_table, tile_weight, untile_weight
@@ -112,6 +113,34 @@ def test_wgmma(device, poisoned, tiled, relative_error, shape: tuple[int, int], 
             assert y[rows // 2].isnan().all()
             if rows > 1:
                 assert relative_error(y[sound], exact[sound]) < 1.2 * INT8_ERROR  # one block of K varies more
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(40, 512), (257, 1536), (1000, 4096), (128, 12288)])
+@pytest.mark.parametrize("rows", [1, 128, 255, 700])
+def test_int8_dense(device, poisoned, tiled, relative_error, shape: tuple[int, int], rows: int, bits: int) -> None:
+    """In one part and in several; a whole block of zeros, and a row of the weight."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("wgmma is Hopper's")
+    tiles, stored = tiled(*shape, bits=bits)
+    stored[1][3] = 0
+    stored[1][5, 1] = 0
+    tiles = (*tile_weight(stored[0], stored[1], bits), *tiles[2:])
+    x = torch.randn(rows, shape[1], device=device).bfloat16()
+    x[rows // 2, -1] = torch.nan
+    offset = torch.randn(shape[0], device=device)
+    exact = reference.linear(x.double(), *stored, offset)
+    sound = torch.arange(rows, device=device) != rows // 2
+    for dtype in (torch.bfloat16, torch.float16):
+        y = int8_dense_linear(x.to(dtype), *tiles[:4], offset, shape[0])
+        assert y.dtype == dtype
+        assert y[rows // 2].isnan().all()
+        if rows > 1:
+            assert torch.equal(y[sound, 3], offset[3].to(dtype).expand(rows - 1))
+            assert relative_error(y[sound], exact[sound]) < INT8_ERROR
+        parts = int8_dense_linear(x.to(dtype), *tiles[:4], offset, shape[0], scratch_bytes=128 * shape[1])
+        assert torch.equal(parts[sound], y[sound])
 
 
 @pytest.mark.gpu
