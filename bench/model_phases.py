@@ -3,29 +3,35 @@
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from model_patch import PolarQuantConfig, load_model
 from model_patch.hf import attach_quantizer
 from polar_kernels import PolarModule
 
-STEPS = 32  # tokens a run of decoding writes
+STEPS = 32  # tokens a run of decoding writes beyond the first
 LONG_STEPS = 512  # tokens a run of generating writes
 
 
 @torch.inference_mode()
 def measure_phase(
-    model: PreTrainedModel, phase: str, context: int, batch: int, runs: int
+    model: PreTrainedModel, phase: str, context: int, batch: int, runs: int, steps: int
 ) -> tuple[list[float], int | None]:
-    """Tokens a second of each run after a first one that is not counted, and the most bytes allocated meanwhile."""
+    """Tokens a second of each run after a first one that is not counted, and the most bytes allocated meanwhile.
+
+    steps: of decoding.
+    """
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     ids = torch.randint(0, model.config.vocab_size, (batch, context), device=model.device)
-    rates = [_PHASES[phase](model, ids) for _ in range(runs + 1)][1:]
+    run = partial(_decode, steps=steps) if phase == "decode" else _PHASES[phase]
+    rates = [run(model, ids) for _ in range(runs + 1)][1:]
     return rates, torch.cuda.max_memory_allocated(model.device) if on_gpu else None
 
 
@@ -71,23 +77,44 @@ def _first_token(model: PreTrainedModel, ids: torch.Tensor) -> float:
     return ids.numel() / _generate(model, ids, 1)
 
 
-def _decode(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    """From the time that more tokens take beyond the first, so that the prompt is not in it."""
-    seconds = _generate(model, ids, STEPS + 1) - _generate(model, ids, 1)
-    return STEPS * len(ids) / max(seconds, 1e-9)  # of a tiny model the noise can be more than the steps
+def _decode(model: PreTrainedModel, ids: torch.Tensor, steps: int) -> float:
+    """From the first token's arrival at the host to the last one's, so that the prompt is not in it."""
+    clock = _Clock()
+    _generate(model, ids, steps + 1, clock)
+    _, first, *_, last = clock.times  # the prompt's own comes before
+    return steps * len(ids) / (last - first)
+
+
+class _Clock(BaseStreamer):
+    """When tokens arrived."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
 def _long(model: PreTrainedModel, ids: torch.Tensor) -> float:
     return LONG_STEPS * len(ids) / _generate(model, ids, LONG_STEPS)
 
 
-def _generate(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> float:
+def _generate(model: PreTrainedModel, ids: torch.Tensor, tokens: int, clock: _Clock | None = None) -> float:
     """Seconds of a call that writes so many."""
     mask = torch.ones_like(ids)
     finish(ids.device)
     started = time.perf_counter()
     model.generate(
-        ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+        ids,
+        attention_mask=mask,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+        streamer=clock,
     )
     finish(ids.device)
     return time.perf_counter() - started
@@ -102,6 +129,5 @@ def finish(device: torch.device) -> None:
 _PHASES: dict[str, Callable[[PreTrainedModel, torch.Tensor], float]] = {
     "prefill": _prefill,
     "first token": _first_token,
-    "decode": _decode,
     "generate": _long,
 }

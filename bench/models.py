@@ -20,6 +20,7 @@ from model_patch.progress import Progress, no_progress
 PREFILL = (512, 2048, 8192)
 DECODE_CONTEXTS, BATCHES = (128, 2048, 8192), (1, 4, 16)
 _RUNS = 3
+_PLAIN_STEPS = 8  # of decoding a run without accelerate, which takes long
 
 Point = tuple[str, int, int]  # phase, context, batch
 
@@ -27,11 +28,11 @@ Point = tuple[str, int, int]  # phase, context, batch
 @dataclass(frozen=True)
 class ModelMeasurement:
     """phase: prefill, a prompt through the model; first token, the same through `generate`; decode, the tokens that it
-    writes beyond the first; generate, a prompt and 512 tokens, with a cache for no more; load, from files that the host
-    has in memory. tokens_per_second: of the whole batch, of the prompt where none but the first token is written, mean
-    over the runs; deviation: between them; None of load. weight_bytes: of all parameters and buffers; read_bytes: of
-    those that a step reads; peak_bytes: allocated on the GPU at the most, None on a CPU; load_seconds: to build the
-    model, and to accelerate it; of load, to load it."""
+    writes beyond the first, by their arrival; generate, a prompt and 512 tokens, with a cache for no more; load, from
+    files that the host has in memory. tokens_per_second: of the whole batch, of the prompt where none but the first
+    token is written, mean over the runs; deviation: between them; None of load. weight_bytes: of all parameters and
+    buffers; read_bytes: of those that a step reads; peak_bytes: allocated on the GPU at the most, None on a CPU;
+    load_seconds: to build the model, and to accelerate it; of load, to load it."""
 
     model: str
     provider: str
@@ -67,10 +68,12 @@ class _Rows:
     progress: Progress
     measured: list[ModelMeasurement] = field(default_factory=list)
 
-    def measure(self, model: PreTrainedModel, provider: str, seconds: float, points: Sequence[Point]) -> None:
+    def measure(
+        self, model: PreTrainedModel, provider: str, seconds: float, points: Sequence[Point], steps: int
+    ) -> None:
         for phase, context, batch in points:
             try:
-                rates, peak = measure_phase(model, phase, context, batch, self.runs)
+                rates, peak = measure_phase(model, phase, context, batch, self.runs, steps)
             except torch.OutOfMemoryError as error:
                 what = f"{provider}: {phase} {context} x {batch}"
                 warnings.warn(f"{what} is left out: {str(error).splitlines()[0]}", stacklevel=2)
@@ -136,16 +139,16 @@ def run(
             continue
         finish(model.device)
         built = time.perf_counter() - started
-        rows.measure(model, provider, built, plain)
+        rows.measure(model, provider, built, plain, _PLAIN_STEPS)
         if load and provider.startswith("polar"):
             rows.measure_load(model, provider)
         accelerated = f"{provider}, accelerated"
         try:
             seconds = built + _accelerate(model, min(contexts) + LONG_STEPS, 1)
-            rows.measure(model, accelerated, seconds, [("generate", min(contexts), 1)])
+            rows.measure(model, accelerated, seconds, [("generate", min(contexts), 1)], STEPS)
             decelerate(model)
             _accelerate(model, max(contexts) + STEPS + 1, max(batches))
-            rows.measure(model, accelerated, seconds, prompts + first + decoding)
+            rows.measure(model, accelerated, seconds, prompts + first + decoding, STEPS)
         except UnsupportedModelError as error:
             warnings.warn(f"{accelerated}, is left out: {error}", stacklevel=2)
         else:

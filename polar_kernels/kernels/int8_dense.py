@@ -12,8 +12,7 @@ import triton.language as tl
 
 from polar_kernels.kernels.int8_wgmma import add_scaled
 from polar_kernels.kernels.ptx import wait_for_previous_kernel
-from polar_kernels.kernels.quantize_chunks import quantize_chunks
-from polar_kernels.kernels.requantize_tiles import CHUNK_ROWS, CHUNK_WORDS, requantize_tiles
+from polar_kernels.kernels.requantize_tiles import CHUNK_ROWS, CHUNK_WORDS, quantize_both, requantize_tiles
 from polar_kernels.kernels.ring import (
     chunk_words,
     fill_slot,
@@ -34,7 +33,7 @@ from polar_kernels.tiles import TILE_ROWS
 IN_FEATURES = 128 * SCALE_BLOCKS  # of which K must be a multiple
 _SCRATCH_BYTES = 64 << 20  # of requantised weight at a time, at most
 _SHARED_BYTES = 1 << 17
-_ROWS, _PRODUCTS, _WARPS = 128, 2, 8  # rows of x an instruction, and instructions' rows of x a program
+_ROWS, _PRODUCTS, _WARPS = CHUNK_ROWS, 2, 8  # rows of x an instruction; so many times that a program
 _SLOTS = 3  # for chunks of x
 _W_START = -(-ring_bytes(_ROWS, _SLOTS) // 1024) * 1024  # where the weight's slots start, one for each block
 _NX, _NW, _NP, _SHARE = (tl.constexpr(n) for n in (_SLOTS, SCALE_BLOCKS, _PRODUCTS, SCALE_BLOCKS))
@@ -189,16 +188,18 @@ def int8_dense_linear(
 ) -> torch.Tensor:
     """x [M, K] contiguous, bf16 or fp16, K a multiple of IN_FEATURES, times the transposed weight, plus bias: [M, N] in
     x's dtype."""
-    bands = triton.cdiv(out_features, TILE_ROWS)
-    blocks = len(tiles) // bands
-    words, _ = quantize_chunks(x, awq_scales, table, _ROWS, _PRODUCTS)
+    blocks = len(tiles) // triton.cdiv(out_features, TILE_ROWS)
     chunks = max(1, min(scratch_bytes // (4 * CHUNK_WORDS * blocks), triton.cdiv(out_features, CHUNK_ROWS)))
     scratch = torch.empty(chunks, blocks, CHUNK_WORDS, dtype=torch.int32, device=x.device)
     out = torch.empty(len(x), out_features, dtype=x.dtype, device=x.device)
+    words = None
     for first in range(0, out_features, chunks * CHUNK_ROWS):
         span = slice(first, min(first + chunks * CHUNK_ROWS, out_features))
         part = slice(first // TILE_ROWS * blocks, triton.cdiv(span.stop, TILE_ROWS) * blocks)
-        scales = requantize_tiles(tiles[part], tile_norms[part], table, blocks, scratch)
+        if words is None:
+            words, scales = quantize_both(x, awq_scales, tiles[part], tile_norms[part], table, scratch, _PRODUCTS)
+        else:
+            scales = requantize_tiles(tiles[part], tile_norms[part], table, blocks, scratch)
         _multiply(words, scratch, scales, None if bias is None else bias[span], out[:, span])
     return out
 

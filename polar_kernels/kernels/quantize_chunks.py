@@ -78,13 +78,16 @@ def _peak(v):
     return max_lanes(peak, 5)
 
 
-@triton.jit(do_not_specialize=["K", "blocks", "products", "stride"])
-def _quantize_chunks_kernel(
+@triton.jit
+def quantize_row(
     x_ptr,
     scales_ptr,
     out_ptr,
     halves_ptr,
     table_ptr,
+    row,
+    first_block,
+    thread,
     K,
     blocks,
     products,
@@ -92,14 +95,11 @@ def _quantize_chunks_kernel(
     ROWS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     WHOLE: tl.constexpr,
-    WARPS: tl.constexpr,
 ):
-    gdc_launch_dependents()
-    thread = tl.arange(0, 32 * WARPS)
+    """What a program does: blocks of a row, int64, from the first on, four a warp."""
     lane = thread % 32
     part = lane % 8
-    row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1) * (4 * WARPS) + thread // 8
+    block = first_block + thread // 8
     inside = block < blocks
     delta = tl.load(table_ptr + _STEP).to(tl.float32, bitcast=True)
     column = tl.minimum(block, blocks - 1) * 128 + 16 * part
@@ -143,9 +143,61 @@ def _quantize_chunks_kernel(
     tl.store(halves_ptr + row * stride + block, half.to(tl.bfloat16), mask=(block < stride) & (part == 0))
 
 
+@triton.jit(do_not_specialize=["K", "blocks", "products", "stride"])
+def _quantize_chunks_kernel(
+    x_ptr,
+    scales_ptr,
+    out_ptr,
+    halves_ptr,
+    table_ptr,
+    K,
+    blocks,
+    products,
+    stride,
+    ROWS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    gdc_launch_dependents()
+    quantize_row(
+        x_ptr,
+        scales_ptr,
+        out_ptr,
+        halves_ptr,
+        table_ptr,
+        tl.program_id(0).to(tl.int64),
+        tl.program_id(1) * (4 * WARPS),
+        tl.arange(0, 32 * WARPS),
+        K,
+        blocks,
+        products,
+        stride,
+        ROWS,
+        HAS_SCALES,
+        WHOLE,
+    )
+
+
+def empty_chunks(
+    rows: int, in_features: int, product_rows: int, products: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `quantize_chunks` returns, to be filled."""
+    blocks = padded_size(in_features) // BLOCK_SIZE
+    programs = triton.cdiv(rows, product_rows * products)
+    words = torch.empty(programs, blocks, products, chunk_words(product_rows), dtype=torch.int32, device=device)
+    count, stride = programs * products * product_rows, halves_stride(blocks)
+    return words, torch.empty(count, stride, dtype=torch.bfloat16, device=device)
+
+
 def halves_stride(blocks: int) -> int:
     """Columns of the halves: the blocks of K, rounded up to whole pieces that programs share K by."""
     return triton.cdiv(blocks, SCALE_BLOCKS) * SCALE_BLOCKS
+
+
+def is_whole(x: torch.Tensor) -> bool:
+    """Whether x [M, K] has whole blocks that can be read 16 bytes at a time."""
+    return x.shape[1] % BLOCK_SIZE == 0 and x.data_ptr() % 16 == 0
 
 
 def quantize_chunks(
@@ -161,10 +213,8 @@ def quantize_chunks(
     left unwritten, columns of the halves beyond Kp / 128 are zero.
     """
     rows, in_features = x.shape
-    blocks = padded_size(in_features) // BLOCK_SIZE
-    programs, stride = triton.cdiv(rows, product_rows * products), halves_stride(blocks)
-    words = torch.empty(programs, blocks, products, chunk_words(product_rows), dtype=torch.int32, device=x.device)
-    halves = torch.empty(programs * products * product_rows, stride, dtype=torch.bfloat16, device=x.device)
+    words, halves = empty_chunks(rows, in_features, product_rows, products, x.device)
+    blocks, stride = words.shape[1], halves.shape[1]
     warps = 4 if stride > 8 else 2
     _quantize_chunks_kernel[(rows, triton.cdiv(stride, 4 * warps))](
         x_ptr=x,
@@ -178,7 +228,7 @@ def quantize_chunks(
         stride=stride,
         ROWS=product_rows,
         HAS_SCALES=awq_scales is not None,
-        WHOLE=in_features % BLOCK_SIZE == 0 and x.data_ptr() % 16 == 0,
+        WHOLE=is_whole(x),
         WARPS=warps,
         num_warps=warps,
         enable_fp_fusion=True,

@@ -7,10 +7,12 @@ needs no other. A level times its norm over that largest is rounded once.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polar_kernels.hadamard import BLOCK_SIZE
 from polar_kernels.kernels.decode_halves import decode_eight_halves
 from polar_kernels.kernels.ptx import load_cached, store_four
+from polar_kernels.kernels.quantize_chunks import empty_chunks, is_whole, quantize_row
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS
 from polar_kernels.tiles import FP16_LEVELS, LEVEL_STEP, PLANE_WORDS, TILE_ROWS
 
@@ -41,24 +43,28 @@ def _factor(norms_ptr, first, own, row, delta):
     return tl.inline_asm_elementwise(_PACK_TWICE, "=r,f", [factor], tl.int32, True, 1), peak
 
 
-@triton.jit(do_not_specialize=["blocks", "rows"])
-def _requantize_kernel(tiles_ptr, norms_ptr, table_ptr, out_ptr, scales_ptr, blocks, rows, WIDTH: tl.constexpr):
-    # A warp takes a tile, a lane of it the words of one row and step of 32 columns from all four lanes of a plane that
-    # share the row, so that it can store 16 bytes.
+@triton.jit
+def _requantize_group(
+    tiles_ptr, norms_ptr, table_ptr, out_ptr, scales_ptr, band, group, blocks, rows, WIDTH: tl.constexpr
+):
+    """What a program does: four blocks of a band.
+
+    A warp takes a tile, a lane of it the words of one row and step of 32 columns from all four lanes of a plane that
+    share the row, so that it can store 16 bytes.
+    """
     thread = tl.arange(0, 32 * _SHARE)
     g = thread % 32 // 4
     lower = thread % 2  # rows g + 8 of each half
     odd = thread % 4 // 2  # the second step of a plane
-    band = tl.program_id(1)
-    first = band * blocks + tl.program_id(0) * _SHARE
+    first = band * blocks + group * _SHARE
     number = first + thread // 32
     low = load_cached(table_ptr + _LEVELS + thread * 0)
     high = load_cached(table_ptr + _LEVELS + 4 + thread * 0)
     delta = tl.load(table_ptr + _STEP).to(tl.float32, bitcast=True)
     plane = tiles_ptr + number.to(tl.int64) * (_PLANE_WORDS * WIDTH) + g * 16
-    chunk = (band // _BANDS).to(tl.int64) * blocks + tl.program_id(0) * _SHARE + thread // 32
+    chunk = (band // _BANDS).to(tl.int64) * blocks + group * _SHARE + thread // 32
     out = out_ptr + chunk * _CHUNK + (band % _BANDS * 32 + lower * 8 + g) * 32
-    scales = scales_ptr + tl.program_id(0).to(tl.int64) * rows + band * 32 + lower * 8 + g
+    scales = scales_ptr + group.to(tl.int64) * rows + band * 32 + lower * 8 + g
     for half in tl.static_range(2):
         factor, peak = _factor(norms_ptr, first, number, g * 4 + 2 * half + lower, delta)
         tl.store(scales + 16 * half, peak / _FILL, mask=(thread < 32) & (odd == 0))
@@ -79,17 +85,143 @@ def _requantize_kernel(tiles_ptr, norms_ptr, table_ptr, out_ptr, scales_ptr, blo
                 store_four(place, words[r], words[2 + r], words[4 + r], words[6 + r], thread * 0 + 1)
 
 
+@triton.jit(do_not_specialize=["blocks", "rows"])
+def _requantize_kernel(tiles_ptr, norms_ptr, table_ptr, out_ptr, scales_ptr, blocks, rows, WIDTH: tl.constexpr):
+    _requantize_group(
+        tiles_ptr,
+        norms_ptr,
+        table_ptr,
+        out_ptr,
+        scales_ptr,
+        tl.program_id(1),
+        tl.program_id(0),
+        blocks,
+        rows,
+        WIDTH,
+    )
+
+
+@triton.jit(do_not_specialize=["K", "blocks", "products", "stride", "rows", "x_programs"])
+def _quantize_both_kernel(
+    x_ptr,
+    x_scales_ptr,
+    words_ptr,
+    halves_ptr,
+    tiles_ptr,
+    norms_ptr,
+    table_ptr,
+    out_ptr,
+    scales_ptr,
+    K,
+    blocks,
+    products,
+    stride,
+    rows,
+    x_programs,
+    ROWS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    gdc_launch_dependents()
+    number = tl.program_id(0)
+    groups = blocks // _SHARE
+    if number < x_programs:
+        parts = tl.cdiv(groups, _SHARE)
+        quantize_row(
+            x_ptr,
+            x_scales_ptr,
+            words_ptr,
+            halves_ptr,
+            table_ptr,
+            (number // parts).to(tl.int64),
+            number % parts * (_SHARE * _SHARE),
+            tl.arange(0, 32 * _SHARE),
+            K,
+            blocks,
+            products,
+            stride,
+            ROWS,
+            HAS_SCALES,
+            WHOLE,
+        )
+    else:
+        gdc_wait()  # what is written to may have been another kernel's
+        number -= x_programs
+        _requantize_group(
+            tiles_ptr,
+            norms_ptr,
+            table_ptr,
+            out_ptr,
+            scales_ptr,
+            number // groups,
+            number % groups,
+            blocks,
+            rows,
+            WIDTH,
+        )
+
+
+def empty_scales(tiles: torch.Tensor, blocks: int) -> torch.Tensor:
+    """fp32 [blocks / SCALE_BLOCKS, N rounded up to 32], to be filled by `requantize_tiles`."""
+    rows = len(tiles) // blocks * TILE_ROWS
+    return torch.empty(blocks // SCALE_BLOCKS, rows, dtype=torch.float32, device=tiles.device)
+
+
+def quantize_both(
+    x: torch.Tensor,
+    awq_scales: torch.Tensor | None,
+    tiles: torch.Tensor,
+    tile_norms: torch.Tensor,
+    table: torch.Tensor,
+    out: torch.Tensor,
+    products: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_chunks` for CHUNK_ROWS rows an instruction and `requantize_tiles` in one launch: the chunks of x, and
+    the scales. K: a multiple of 128 * SCALE_BLOCKS."""
+    rows, in_features = x.shape
+    words, halves = empty_chunks(rows, in_features, CHUNK_ROWS, products, x.device)
+    blocks = words.shape[1]
+    scales = empty_scales(tiles, blocks)
+    groups, bands = len(scales), len(tiles) // blocks
+    x_programs = rows * triton.cdiv(groups, SCALE_BLOCKS)
+    _quantize_both_kernel[(x_programs + groups * bands,)](
+        x_ptr=x,
+        x_scales_ptr=awq_scales,
+        words_ptr=words,
+        halves_ptr=halves,
+        tiles_ptr=tiles,
+        norms_ptr=tile_norms,
+        table_ptr=table,
+        out_ptr=out,
+        scales_ptr=scales,
+        K=in_features,
+        blocks=blocks,
+        products=products,
+        stride=halves.shape[1],
+        rows=scales.shape[1],
+        x_programs=x_programs,
+        ROWS=CHUNK_ROWS,
+        HAS_SCALES=awq_scales is not None,
+        WHOLE=is_whole(x),
+        WIDTH=tiles.shape[1] // PLANE_WORDS,
+        num_warps=SCALE_BLOCKS,
+        enable_fp_fusion=True,
+        launch_pdl=True,
+    )
+    return words, scales
+
+
 def requantize_tiles(
     tiles: torch.Tensor, tile_norms: torch.Tensor, table: torch.Tensor, blocks: int, out: torch.Tensor
 ) -> torch.Tensor:
     """Fill out, int8 chunks as `ring` has them, int32 [ceil(N / 128), blocks, CHUNK_WORDS], rows beyond N not.
 
     blocks: of K, a multiple of SCALE_BLOCKS. Returns what the integers are to be multiplied by, times the step of
-    `tiles.level_table`: fp32 [blocks / SCALE_BLOCKS, N rounded up to 32].
+    `tiles.level_table`, as `empty_scales` has it.
     """
-    bands = len(tiles) // blocks
-    scales = torch.empty(blocks // SCALE_BLOCKS, bands * TILE_ROWS, dtype=torch.float32, device=tiles.device)
-    _requantize_kernel[(blocks // SCALE_BLOCKS, bands)](
+    scales = empty_scales(tiles, blocks)
+    _requantize_kernel[(len(scales), len(tiles) // blocks)](
         tiles_ptr=tiles,
         norms_ptr=tile_norms,
         table_ptr=table,

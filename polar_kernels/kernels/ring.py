@@ -164,7 +164,7 @@ def scales_of(ring, q, ROWS: tl.constexpr, SLOTS: tl.constexpr):
 
 @triton.jit
 def load_scales(first_scales, slot, group: tl.constexpr, ROWS: tl.constexpr, INVERSE: tl.constexpr):
-    """The scales of rows 8 group + 2 q and the next of a slot's chunk, or one over them; first_scales: by `scales_of`."""
+    """The scales of rows 8 group + 2 q and the next of a slot's chunk, or one over them; first_scales: see there."""
     return tl.inline_asm_elementwise(
         _load_scales_code(ROWS, group, INVERSE),
         "=f,=f,r",

@@ -3,9 +3,9 @@
 | rows of x | int8 | exact |
 |---|---|---|
 | 1 to 32, to 64 of a small weight | int8_matmul | exact_matmul, 16 at a time, to 48 |
-| to 1024, to 256 of a tiny weight, on Hopper | int8_wgmma | dense |
-| more, of a weight that is not tiny, K a multiple of 512, on Hopper | int8_dense | dense |
-| more | dense | dense |
+| to 768, to 256 of a tiny weight, to 2048 where K is no multiple of 512, on Hopper | int8_wgmma | dense |
+| more, of a tiny weight 257, or where K is no multiple of 512 | dense | dense |
+| else, on Hopper | int8_dense | dense |
 
 dense: the weight dequantised, a part at a time, into one buffer that cuBLAS multiplies by. fp32 takes the plain kernel.
 """
@@ -30,7 +30,7 @@ from polar_kernels.tiles import TILE_ROWS, untile_weight
 _EXACT_ROWS = 3 * exact_matmul.MAX_ROWS
 _NARROW_ROWS = 32  # int8_matmul; twice as many where the weight is small: has at most so many tiles
 _SMALL_TILES = 4096
-_WGMMA_ROWS = 1024
+_WGMMA_ROWS, _ODD_WGMMA_ROWS = 768, 2048  # the latter where int8_dense does not take K
 _TINY_WGMMA_ROWS, _TINY_TILES = 256, 1024  # where the weight is tiny: has at most so many tiles
 _NARROW_ONLY_ROWS = 2 * int8_matmul.MAX_ROWS  # int8_matmul on GPUs without wgmma
 _SCRATCH_BYTES = 64 << 20  # of dense weight that a dense product holds at a time, at most
@@ -69,7 +69,7 @@ def tiled_linear(
     tiny = len(tiles) <= _TINY_TILES
     if wgmma and not tiny and rows > _WGMMA_ROWS and in_features % int8_dense.IN_FEATURES == 0:
         return int8_dense_linear(x, *weight)
-    most = (_TINY_WGMMA_ROWS if tiny else _WGMMA_ROWS) if wgmma else _NARROW_ONLY_ROWS
+    most = (_TINY_WGMMA_ROWS if tiny else _ODD_WGMMA_ROWS) if wgmma else _NARROW_ONLY_ROWS
     if can_be_dense and rows > most:
         return _dense_linear(x, *weight)
     return int8_wgmma_linear(x, *weight) if wgmma else _in_parts(int8_linear, int8_matmul.MAX_ROWS, x, weight)

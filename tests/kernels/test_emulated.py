@@ -223,6 +223,7 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
         quantize_activation,
         quantize_chunks,
         quantize_grouped,
+        requantize_tiles,
         rotate_activation,
         tiled_experts,
     ):
@@ -324,8 +325,16 @@ def test_requantized_weight(random_weight, relative_error, bits: int) -> None:
     norms[3, :4] = 0
     tiles, tile_norms = tile_weight(packed, norms, bits)
     table = level_table(centroids)
-    chunks = torch.full((2, 8, requantize_tiles.CHUNK_WORDS), -1, dtype=torch.int32)
+    chunks, own = (torch.full((2, 8, requantize_tiles.CHUNK_WORDS), -1, dtype=torch.int32) for _ in range(2))
     scales = requantize_tiles.requantize_tiles(tiles, tile_norms, table, 8, chunks)
+    x, awq_scales = torch.randn(3, columns).bfloat16(), torch.rand(columns).add(0.5).half()
+    words, own_scales = requantize_tiles.quantize_both(x, awq_scales, tiles, tile_norms, table, own, 2)
+    alone, _ = quantize_chunks.quantize_chunks(x, awq_scales, table, 128, 2)
+    assert torch.equal(own[0], chunks[0])
+    assert torch.equal(own_scales, scales)
+    for first in (0, 128 * 32, 128 * 33):  # the three rows of x, their scales, and one over those
+        written = slice(first, first + (3 * 32 if first == 0 else 3))
+        assert torch.equal(words[0, :, 0, written], alone[0, :, 0, written])
     integers = np.stack([_unswizzle(chunk.numpy().reshape(128, 8, 4)) for chunk in chunks.flatten(0, 1)])
     levels = torch.from_numpy(integers).view(2, 8, 128, 128).transpose(1, 2).reshape(256, 8, 128)[:rows]
     delta = table[LEVEL_STEP].view(torch.float32)

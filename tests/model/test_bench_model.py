@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,7 @@ def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (models, model_phases):
         monkeypatch.setattr(module, "STEPS", 2)
         monkeypatch.setattr(module, "LONG_STEPS", 3)
+    monkeypatch.setattr(models, "_PLAIN_STEPS", 2)
 
 
 @pytest.mark.usefixtures("_few_tokens")
@@ -152,10 +154,33 @@ def test_what_cannot_be_measured_is_left_out(device: torch.device, monkeypatch: 
     assert {row.provider for row in rows} == {"polar 5-bit"}
 
 
+@pytest.mark.usefixtures("_few_tokens")
+def test_a_batch_that_does_not_fit_is_left_out(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = models.measure_phase
+
+    def measure_some(model: object, phase: str, context: int, batch: int, *rest: Any) -> object:
+        if phase == "decode" and batch == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return measure(model, phase, context, batch, *rest)
+
+    monkeypatch.setattr(models, "measure_phase", measure_some)
+    makes = models.providers(model_config(str(MODEL)), 5, device, torch.float32)
+    makes.pop("float32")
+    with pytest.warns(UserWarning, match="polar 5-bit: decode 8 x 2 is left out: CUDA out of memory"):
+        rows, _ = models.run("tiny", makes, prefill=(16,), contexts=(8,), batches=(1, 2), runs=2)
+    assert [row.batch for row in rows if row.phase == "decode"] == [1, 1]
+
+
 def test_decoding_is_timed_without_the_prompt(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose prompts take a second and whose tokens take 10 ms."""
-    monkeypatch.setattr(model_phases, "_generate", lambda model, ids, tokens: 1 + 0.01 * tokens)
-    assert model_phases._decode(None, torch.zeros(3, 8)) == pytest.approx(300)
+
+    def generate(model: None, ids: torch.Tensor, tokens: int, clock: model_phases._Clock | None = None) -> float:
+        if clock is not None:
+            clock.times = [0.0, *(1 + 0.01 * token for token in range(tokens))]
+        return 1 + 0.01 * tokens
+
+    monkeypatch.setattr(model_phases, "_generate", generate)
+    assert model_phases._decode(None, torch.zeros(3, 8), steps=5) == pytest.approx(300)
     assert model_phases._first_token(None, torch.zeros(3, 8)) == pytest.approx(24 / 1.01)
     assert model_phases._long(None, torch.zeros(1, 8)) == pytest.approx(512 / 6.12)
 
