@@ -50,12 +50,14 @@ class ModelMeasurement:
 Make = Callable[[], PreTrainedModel]
 
 
-def providers(config: PreTrainedConfig, bits: int, device: torch.device, dtype: torch.dtype) -> dict[str, Make]:
-    """Name -> what builds the model: ours and the plain one."""
-    return {
-        f"polar {bits}-bit": lambda: random_model(config, bits, device, dtype),
-        str(dtype).removeprefix("torch."): lambda: random_model(config, None, device, dtype),
-    }
+def providers(
+    config: PreTrainedConfig, bits: int, device: torch.device, dtype: torch.dtype, plain: bool = True
+) -> dict[str, Make]:
+    """Name -> what builds the model: ours, and the plain one if asked for."""
+    makes: dict[str, Make] = {f"polar {bits}-bit": lambda: random_model(config, bits, device, dtype)}
+    if plain:
+        makes[str(dtype).removeprefix("torch.")] = lambda: random_model(config, None, device, dtype)
+    return makes
 
 
 @dataclass

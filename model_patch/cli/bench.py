@@ -23,6 +23,7 @@ from model_patch.progress import progress_bar
 bench = typer.Typer(name="bench", invoke_without_command=True, no_args_is_help=False)
 OutFolder = Annotated[Path | None, typer.Option(help="Write the results into this folder.")]
 Document = Annotated[Path | None, typer.Option(help="Write the results in OUT as this Markdown file.")]
+_MODEL = "qwen3.5-9b"  # where no other is named
 Quick = Annotated[bool, typer.Option("--quick", help="Fewer sizes, in a minute or two.")]
 
 
@@ -74,6 +75,9 @@ def model(
     load: Annotated[
         bool, typer.Option("--load", help="Also save the quantised model to a temporary folder and time its loading.")
     ] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain/--no-plain", help="Also measure the model that is not quantised.")
+    ] = True,
     profile: Annotated[bool, typer.Option("--profile", help="Also say where a step's time goes: needs a GPU.")] = False,
     out: OutFolder = None,
     document: Document = None,
@@ -88,14 +92,15 @@ def model(
     target, as_dtype = pick_device(device), parse_dtype(dtype)
     if profile and target.type != "cuda":
         raise ConfigError("--profile needs a CUDA GPU: a step on a CPU is no graph")
-    shapes = {name: model_config(name) for name in config or ["qwen3.5-9b"]}
+    names = config or [_MODEL]
+    shapes = {name: model_config(name) for name in names}
     sizes: dict[str, Any] = {}
     if quick:
         sizes = {"prefill": (512, 2048), "contexts": (128,), "batches": (1, 16), "runs": 2}
     result = report.describe() | {"rows": [], "profile": []}
     for name, shape in shapes.items():
         with progress_bar(f"bench model {name}") as progress:
-            makes = models.providers(shape, bits, target, as_dtype)
+            makes = models.providers(shape, bits, target, as_dtype, plain=plain)
             measured, works = models.run(name, makes, **sizes, load=load, profile=profile, progress=progress)
         result["rows"] += [asdict(measurement) for measurement in measured]
         result["profile"] += [{"model": name} | asdict(work) for work in works]
@@ -105,7 +110,8 @@ def model(
         print_json(result)
     if out is not None:
         with writing(out):
-            report.write_json(result, out, f"model-{report.gpu_name(result)}")
+            others = "".join(f"-{Path(name).name}" for name in names if name != _MODEL)
+            report.write_json(result, out, f"model-{report.gpu_name(result)}{others}")
             if document is not None:
                 report.document(out, document)
 

@@ -164,8 +164,8 @@ def test_a_batch_that_does_not_fit_is_left_out(device: torch.device, monkeypatch
         return measure(model, phase, context, batch, *rest)
 
     monkeypatch.setattr(models, "measure_phase", measure_some)
-    makes = models.providers(model_config(str(MODEL)), 5, device, torch.float32)
-    makes.pop("float32")
+    makes = models.providers(model_config(str(MODEL)), 5, device, torch.float32, plain=False)
+    assert list(makes) == ["polar 5-bit"]
     with pytest.warns(UserWarning, match="polar 5-bit: decode 8 x 2 is left out: CUDA out of memory"):
         rows, _ = models.run("tiny", makes, prefill=(16,), contexts=(8,), batches=(1, 2), runs=2)
     assert [row.batch for row in rows if row.phase == "decode"] == [1, 1]
