@@ -311,17 +311,18 @@ def _int8_wgmma_kernel(
         store_each(sums, out, first_row, row, q, M, N, N, GROUPS)
 
 
-@triton.jit(do_not_specialize=["splits", "size", "N"])
-def _add_splits_kernel(parts_ptr, bias_ptr, out_ptr, splits, size, N, HAS_BIAS: tl.constexpr, SIZE: tl.constexpr):
+@triton.jit(do_not_specialize=["size", "N"])
+def _add_splits_kernel(
+    parts_ptr, bias_ptr, out_ptr, size, N, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, SIZE: tl.constexpr
+):
     index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     keep = index < size
     y = tl.zeros((SIZE,), tl.float32)
     if HAS_BIAS:
         y += tl.load(bias_ptr + index % N, mask=keep, other=0.0).to(tl.float32)
     gdc_wait()
-    for _ in range(splits):
-        y += tl.load(parts_ptr + index, mask=keep, other=0.0)
-        parts_ptr += size
+    for split in tl.static_range(SPLITS):  # unrolled, so that no load waits for another
+        y += tl.load(parts_ptr + split * size.to(tl.int64) + index, mask=keep, other=0.0)
     tl.store(out_ptr + index, y.to(out_ptr.dtype.element_ty), mask=keep)
 
 
@@ -377,9 +378,9 @@ def int8_wgmma_linear(
             parts_ptr=parts,
             bias_ptr=bias,
             out_ptr=out,
-            splits=splits,
             size=out.numel(),
             N=out_features,
+            SPLITS=splits,
             HAS_BIAS=bias is not None,
             SIZE=_SUM_SIZE,
             num_warps=4,
