@@ -23,6 +23,7 @@ BITS = [2, 3, 4, 5]
 SHAPES = [(1, 128), (32, 128), (37, 200), (64, 384), (257, 1152)]
 QWEN_SHAPES = [(12288, 4096), (4096, 12288), (1024, 4096)]
 INT8_ERROR = 0.012  # of the int8 product against the exact one, relative
+DENSE_ERROR = 0.016  # where the weight is rounded to int8 as well
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def test_int8_dense(device, poisoned, tiled, relative_error, shape: tuple[int, i
         assert y[rows // 2].isnan().all()
         if rows > 1:
             assert torch.equal(y[sound, 3], offset[3].to(dtype).expand(rows - 1))
-            assert relative_error(y[sound], exact[sound]) < INT8_ERROR
+            assert relative_error(y[sound], exact[sound]) < DENSE_ERROR
         parts = int8_dense_linear(x.to(dtype), *tiles[:4], offset, shape[0], scratch_bytes=128 * shape[1])
         assert torch.equal(parts[sound], y[sound])
 
@@ -349,7 +350,7 @@ def test_qwen_shapes(device, poisoned, relative_error, shape: tuple[int, int], r
     x = torch.randn(rows, shape[1], device=device).to(dtype)
     dense = layer.dequantize(torch.float32).double()
     exact = x.double() @ dense.T
-    assert relative_error(layer(x), exact) < INT8_ERROR
+    assert relative_error(layer(x), exact) < (DENSE_ERROR if rows > 768 else INT8_ERROR)
     layer.activation = "exact"
     plain = torch.nn.functional.linear(x, dense.to(dtype))
     assert relative_error(layer(x), exact) < 2 * relative_error(plain, exact)
