@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -23,8 +23,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from model_patch.architectures import Kind, names_of_kind
+from model_patch.checkpoint.experts import FUSED
 from model_patch.checkpoint.reader import Checkpoint
-from model_patch.checkpoint.strict import check_checkpoint, expected_tensors, value_problems
+from model_patch.checkpoint.strict import PARTS, check_checkpoint, expected_tensors, value_problems
 from model_patch.checkpoint.writer import polar_metadata, sort_metadata
 from model_patch.config import METHOD, PolarQuantConfig
 from model_patch.errors import CheckpointError, UnsupportedModelError
@@ -125,6 +126,11 @@ class PolarHfQuantizer(HfQuantizer):
             if parameter.dtype != wanted:
                 parameter.data = parameter.data.to(wanted)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Also reads quantised experts that are stored one by one. Later versions of transformers pass the model."""
+        own = _expert_converters(self) if self.pre_quantized else []
+        return [*super().update_weight_conversions(weight_conversions, *model), *own]
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         name, _, leaf = param_name.rpartition(".")
         return leaf == "weight" and isinstance(model.get_submodule(name), PolarModule)
@@ -171,6 +177,36 @@ class QuantizeOnLoad(ConversionOps):
             self.hf_quantizer.problems.append(f"{full_layer_name}: {error}")
             return {}
         return {f"{name}.{part}": getattr(quantized, part) for part in ("packed", "norms", "centroids")}
+
+
+class TakeOne(ConversionOps):
+    """Of tensors that must all be the same, one."""
+
+    def __init__(self, hf_quantizer: PolarHfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TakeOne":
+        return self  # transformers copies converters; what is wrong is to come to the quantizer itself
+
+    def convert(
+        self, input_dict: dict[str, list[torch.Tensor]], full_layer_name: str | None = None, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        first, *others = [tensor for tensors in input_dict.values() for tensor in tensors]
+        if not all(torch.equal(first, other) for other in others):
+            self.hf_quantizer.problems.append(f"{full_layer_name} must be the same for all experts of the layer")
+        return {str(full_layer_name): first}
+
+
+def _expert_converters(hf_quantizer: PolarHfQuantizer) -> list[WeightConverter]:
+    """What makes fused experts of quantised single ones."""
+    converters = []
+    for target, leaves in FUSED.items():
+        for part in PARTS:
+            sources = [f"mlp.experts.*.{leaf}.{part}" for leaf in leaves]
+            fuse: list[ConversionOps] = [MergeModulelist(0), *([Concatenate(1)] if len(leaves) > 1 else [])]
+            operations = [TakeOne(hf_quantizer)] if part == "awq_scales" else fuse
+            converters.append(WeightConverter(sources, f"mlp.experts.{target}.{part}", operations=operations))
+    return converters
 
 
 def _meta_weight(module: PolarLinear | PolarEmbedding) -> torch.Tensor:

@@ -38,13 +38,14 @@ class TensorInfo:
     """One tensor as its shard's header describes it.
 
     pieces: of a tensor that is put together from those of single experts, their names expert by expert; `file` is then
-    that of the first.
+    that of the first. alike: they are all the same, and it is one of them.
     """
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: tuple[tuple[str, ...], ...] = ()
+    alike: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -129,10 +130,17 @@ class Checkpoint:
         return cls(where, tensors, metadata)
 
     def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """One tensor, read from its shard now."""
+        """One tensor, read from its shard now. Raises CheckpointError where experts differ in what they must share."""
         info = self.tensors[name]
         if info.pieces:
-            single = self._read_stored([piece for pieces in info.pieces for piece in pieces], device)
+            names = [piece for pieces in info.pieces for piece in pieces]
+            single = self._read_stored(names, device)
+            if info.alike:
+                first = single[names[0]]
+                if other := next((n for n in names if not torch.equal(single[n], first)), None):
+                    problem = f"{other} must be equal to {names[0]}: all experts of a layer share it"
+                    raise CheckpointError(self.where, f"{self.stored[other].file.name}: {problem}")
+                return first
             return torch.stack([torch.cat([single[piece] for piece in pieces]) for pieces in info.pieces])
         return self._read_stored([name], device)[name]
 

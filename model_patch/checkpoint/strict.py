@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from model_patch.architectures import canonical, weight_name
+from model_patch.checkpoint.experts import fused_layer
 from model_patch.checkpoint.reader import Checkpoint, TensorInfo
 from model_patch.config import BIT_ORDER
 from model_patch.errors import CheckpointError
@@ -131,7 +132,11 @@ def _metadata_problems(model: PreTrainedModel, checkpoint: Checkpoint) -> list[s
     order = checkpoint.metadata.get("bit_order")
     if order != BIT_ORDER:
         problems.append(f"metadata 'bit_order' must be {BIT_ORDER!r}, found {order!r}")
-    by_name = {canonical(name): bits for name, bits in stated.items()}
+    by_name: dict[str, object] = {}
+    for name, bits in stated.items():
+        layer = fused_layer(name)
+        if (first := by_name.setdefault(canonical(layer), bits)) != bits:
+            problems.append(f"metadata 'bits_per_tensor' says {first} and {bits} for experts of {layer}")
     for name, module in model.named_modules():
         if not isinstance(module, PolarModule):
             continue

@@ -1,5 +1,6 @@
 """Mixtures of experts: both layouts of a source, what is wrong with one, exclusions, and the commands."""
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -79,6 +80,49 @@ def test_a_model_that_was_read_expert_by_expert_saves_fused(zoo: Any, tmp_path: 
     model.save_pretrained(tmp_path / "saved")
     expected = (quantize(zoo.checkpoint("qwen3_moe"), tmp_path / "out") / "model.safetensors").read_bytes()
     assert (tmp_path / "saved" / "model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("awq", [False, True])
+def test_quantised_experts_one_by_one(zoo: Any, name: str, awq: bool, tmp_path: Path) -> None:
+    """Read as the fused ones are, and saved as those: by transformers and layer by layer."""
+    folder = zoo.quantized(name, awq)
+    single = zoo.read(folder).with_single_experts().write(tmp_path / "single")
+    assert f"{PREFIX[name]}.1.mlp.experts.3.up_proj.norms" in zoo.read(single).tensors
+    assert torch.equal(zoo.logits(name, zoo.load(name, single)), zoo.logits(name, zoo.load(name, folder)))
+    load_model(single, device="cpu").save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    found, expected = (verify_checkpoint(where, zoo.checkpoint(name), zoo.device) for where in (single, folder))
+    assert found.layer_errors == expected.layer_errors
+
+
+def test_quantised_single_experts_that_do_not_fit(zoo: Any, tmp_path: Path) -> None:
+    content = zoo.read(zoo.quantized("qwen3_moe", awq=True)).with_single_experts()
+    content.tensors.pop(f"{EXPERTS}.2.up_proj.norms")
+    content.tensors[f"{EXPERTS}.1.down_proj.packed"] = content.tensors[f"{EXPERTS}.1.down_proj.packed"][1:].clone()
+    with pytest.raises(CheckpointError) as caught:
+        load_model(content.write(tmp_path / "tensors"), device="cpu")
+    assert f"{EXPERTS}.2.up_proj.norms is missing" in str(caught.value)
+    assert f"{EXPERTS}.1.down_proj.packed must be torch.uint8" in str(caught.value)
+
+
+def test_quantised_single_experts_share_their_scales(zoo: Any, tmp_path: Path) -> None:
+    content = zoo.read(zoo.quantized("qwen3_moe", awq=True)).with_single_experts()
+    content.tensors[f"{EXPERTS}.2.up_proj.awq_scales"][5] *= 2
+    folder = content.write(tmp_path / "scales")
+    with pytest.raises(CheckpointError, match=r"experts.gate_up_proj.awq_scales must be the same for all experts"):
+        load_model(folder, device="cpu")
+    with pytest.raises(CheckpointError, match=r"2.up_proj.awq_scales must be equal to .*0.gate_proj.awq_scales"):
+        verify_checkpoint(folder, zoo.checkpoint("qwen3_moe"), "cpu")
+
+
+def test_quantised_single_experts_have_the_same_bits(zoo: Any, tmp_path: Path) -> None:
+    content = zoo.read(zoo.quantized("qwen3_moe")).with_single_experts()
+    bits = json.loads(content.metadata["bits_per_tensor"])
+    bits[f"{EXPERTS}.2.up_proj"] = 4
+    content.metadata["bits_per_tensor"] = json.dumps(bits)
+    with pytest.raises(CheckpointError, match=f"says 5 and 4 for experts of {EXPERTS}.gate_up_proj"):
+        load_model(content.write(tmp_path / "bits"), device="cpu")
 
 
 def remove(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
