@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
-from model_patch.errors import UnsupportedModelError
+from model_patch.checkpoint.experts import FUSED
+from model_patch.errors import CheckpointError, UnsupportedModelError
 from model_patch.vllm.config import QuantizedWeight
 from model_patch.vllm.parameters import check_split, take_weights
 from polar_kernels import BLOCK_SIZE, PolarExpertProjection, PolarExperts
@@ -90,13 +91,30 @@ def _empty_projection(count: int, rows: int, columns: int, weight: QuantizedWeig
 
 
 def _load_weights(layer: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
-    """Read `gate_up_proj.packed` and its like, of all experts, in place of vLLM's loader, which knows other names."""
+    """Read `gate_up_proj.packed` and its like, of all experts, or `3.up_proj.packed`, of one, in place of vLLM's own
+    loader, which knows other names."""
     rank = layer.moe_config.moe_parallel_config.tp_rank
+    shared: dict[str, tuple[str, torch.Tensor]] = {}
     for name, loaded in weights:
         projection, _, part = name.rpartition(".")
-        target = layer.get_submodule(projection).get_parameter(part).data
-        target.copy_(_own_part(projection, loaded, target.shape, rank))
-        yield name
+        expert, _, single = projection.rpartition(".")
+        fused = next((target for target, leaves in FUSED.items() if single in leaves), single)
+        parameter = f"{fused}.{part}"
+        target = layer.get_submodule(fused).get_parameter(part).data
+        if not expert:
+            target.copy_(_own_part(fused, loaded, target.shape, rank))
+        elif part == "awq_scales":
+            first, known = shared.setdefault(parameter, (name, loaded))
+            if not torch.equal(known, loaded):
+                problem = f"{name} must be equal to {first}: all experts of a layer share it"
+                raise CheckpointError(layer.layer_name, problem)
+            target.copy_(_own_part(fused, loaded, target.shape, rank))
+        else:
+            leaves = FUSED[fused]
+            own = target[int(expert)].chunk(len(leaves))[leaves.index(single)]
+            axis = 0 if len(leaves) > 1 else 1  # gate and up are split by rows, down by columns
+            own.copy_(loaded.narrow(axis, rank * own.shape[axis], own.shape[axis]))
+        yield parameter
 
 
 def _own_part(projection: str, loaded: torch.Tensor, shape: torch.Size, rank: int) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """Tiny random models of every architecture, plain and quantised, and a way to spoil their checkpoints."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
@@ -13,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from single_experts import split_experts
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -114,21 +114,8 @@ class Content:
 
     def with_single_experts(self) -> "Content":
         """The same of a quantised checkpoint, its experts stored one by one."""
-        tensors, bits = {}, json.loads(self.metadata["bits_per_tensor"])
-        for name, tensor in self.tensors.items():
-            match = re.fullmatch(r"(.+\.experts)\.(gate_up|down)_proj\.(packed|norms|awq_scales)", name)
-            if match is None:
-                tensors[name] = tensor
-                continue
-            prefix, projection, part = match.groups()
-            leaves = ["gate_proj", "up_proj"] if projection == "gate_up" else ["down_proj"]
-            own_bits = bits.pop(f"{prefix}.{projection}_proj", None) or bits[f"{prefix}.0.{leaves[0]}"]
-            for expert in range(_EXPERTS["num_experts"]):
-                pieces = [tensor] * 2 if part == "awq_scales" else tensor[expert].chunk(len(leaves))
-                for leaf, piece in zip(leaves, pieces, strict=False):
-                    tensors[f"{prefix}.{expert}.{leaf}.{part}"] = piece.clone()
-                    bits[f"{prefix}.{expert}.{leaf}"] = own_bits
-        return replace(self, tensors=tensors, metadata=self.metadata | {"bits_per_tensor": json.dumps(bits)})
+        tensors, metadata = split_experts(self.tensors, self.metadata)
+        return replace(self, tensors=tensors, metadata=metadata)
 
     def write(self, folder: Path) -> Path:
         folder.mkdir()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from single_experts import split_experts
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -127,10 +131,13 @@ class Quantized:
     root: Path
     _folders: dict[str, Path] = field(default_factory=dict)
 
-    def folder(self, name: str, *, scales: str = "site", exclude: str = "") -> Path:
+    def folder(self, name: str, *, scales: str = "site", exclude: str = "", single_experts: bool = False) -> Path:
         """scales: "site", random AWQ scales that layers which read one activation share; "layer", of each layer its
-        own, which vLLM cannot merge; "none". exclude: patterns of layers that stay plain, with spaces between."""
+        own, which vLLM cannot merge; "none". exclude: patterns of layers that stay plain, with spaces between.
+        single_experts: stored one by one."""
         key = "-".join([name, scales, *exclude.replace("*", "").split()])
+        if single_experts:
+            return self._with_single_experts(self.folder(name, scales=scales, exclude=exclude))
         if key not in self._folders:
             model = self._model(name)
             config = PolarQuantConfig(modules_to_not_convert=exclude.split())
@@ -138,6 +145,16 @@ class Quantized:
             self._folders[key] = self.root / key
             model.save_pretrained(self._folders[key])
         return self._folders[key]
+
+    def _with_single_experts(self, fused: Path) -> Path:
+        out = fused.with_name(f"{fused.name}-single")
+        if not out.exists():
+            shutil.copytree(fused, out)
+            with safe_open(fused / "model.safetensors", framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dictionary)
+                tensors, metadata = split_experts(tensors, file.metadata())
+            save_file(tensors, out / "model.safetensors", metadata=metadata)
+        return out
 
     def _model(self, name: str) -> PreTrainedModel:
         torch.manual_seed(list(CONFIGS).index(name))
@@ -172,8 +189,11 @@ class Engine:
     quantized: Quantized
     folders: Callable[[str], Path]
 
-    def job(self, name: str, scales: str = "site", exclude: str = "", **options: Any) -> Job:
-        return Job(str(self.quantized.folder(name, scales=scales, exclude=exclude)), **options)
+    def job(
+        self, name: str, scales: str = "site", exclude: str = "", single_experts: bool = False, **options: Any
+    ) -> Job:
+        folder = self.quantized.folder(name, scales=scales, exclude=exclude, single_experts=single_experts)
+        return Job(str(folder), **options)
 
     def result(self, tokens: list[list[int]], logprobs: list[list[float]]) -> Result:
         return Result("", tokens, logprobs)

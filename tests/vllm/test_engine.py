@@ -20,6 +20,7 @@ from model_patch.demo import MODEL
 EXACT: dict[str, dict[str, Any]] = {
     "qwen3": {"scales": "layer"},  # so that no two projections are one product
     "qwen3_moe": {},
+    "single experts": {"name": "qwen3_moe", "single_experts": True},
     "qwen2_tied": {},
     "partly plain": {"name": "qwen3_moe", "exclude": "*.experts.* *.o_proj embed_tokens lm_head"},
 }
@@ -27,6 +28,7 @@ ROUNDED: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"scales": "none"},
     "qwen3_5_text_tied": {},
     "qwen3_5_moe": {},  # vision-language, without an image
+    "single experts of Qwen3.5": {"name": "qwen3_5_moe", "single_experts": True},
 }
 LAYER = "model.layers.0.self_attn.o_proj"
 Tensors = dict[str, torch.Tensor]
@@ -44,11 +46,16 @@ def _future(tensors: Tensors, config: dict[str, Any]) -> None:
     config["quantization_config"]["format_version"] = 2
 
 
-# What is done to a checkpoint, and what vLLM says then.
+def _other_scales(tensors: Tensors, config: dict[str, Any]) -> None:
+    tensors["model.layers.1.mlp.experts.2.up_proj.awq_scales"][7] *= 2
+
+
+# What is done to which checkpoint, and what vLLM says then.
 SPOILT = {
-    _without_norms: f"{LAYER}.norms is missing",
-    _not_a_number: f"{LAYER}: norms must be finite and not negative",
-    _future: "quantization_config.format_version must be 1 for this version, found 2",
+    _without_norms: ("qwen3", f"{LAYER}.norms is missing"),
+    _not_a_number: ("qwen3", f"{LAYER}: norms must be finite and not negative"),
+    _future: ("qwen3", "quantization_config.format_version must be 1 for this version, found 2"),
+    _other_scales: ("single experts", "2.up_proj.awq_scales must be equal to 0.gate_proj.awq_scales"),
 }
 
 
@@ -56,10 +63,10 @@ SPOILT = {
 def done(engine: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[Any, Any]]:
     """Name or spoiler -> job and result, all of one process, which takes ten seconds to import vLLM."""
     jobs: dict[Any, Any] = {case: engine.job(**{"name": case} | options) for case, options in EXACT.items()}
-    jobs |= {name: engine.job(name, dtype="bfloat16", **options) for name, options in ROUNDED.items()}
-    root, source = tmp_path_factory.mktemp("spoilt"), Path(jobs["qwen3"].folder)
-    for spoil in SPOILT:
-        folder = _spoilt(source, root / spoil.__name__, spoil)
+    jobs |= {name: engine.job(**{"name": name, "dtype": "bfloat16"} | options) for name, options in ROUNDED.items()}
+    root = tmp_path_factory.mktemp("spoilt")
+    for spoil, (source, _) in SPOILT.items():
+        folder = _spoilt(Path(jobs[source].folder), root / spoil.__name__, spoil)
         jobs[spoil] = type(jobs["qwen3"])(str(folder))
     return dict(zip(jobs, zip(jobs.values(), engine.run(list(jobs.values())), strict=True), strict=True))
 
@@ -95,7 +102,7 @@ def test_weights_take_what_they_take_on_disk(engine: Any, done: dict[Any, Any], 
 def test_a_bad_checkpoint_is_refused(done: dict[Any, Any], spoil: Callable[..., None]) -> None:
     error = done[spoil][1].error
     assert error is not None
-    assert SPOILT[spoil] in error
+    assert SPOILT[spoil][1] in error
 
 
 @pytest.mark.all_of_vllm

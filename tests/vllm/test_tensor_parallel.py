@@ -78,6 +78,7 @@ def test_an_openai_client_gets_transformers_tokens_and_logprobs(engine: Any, fol
 @pytest.mark.all_of_vllm
 def test_two_ranks(engine: Any) -> None:
     exact = [engine.job(name, tensor_parallel=2) for name in ("qwen3", "qwen2_tied")]
+    exact.append(engine.job("qwen3_moe", single_experts=True, tensor_parallel=2))
     rounded = [engine.job(n, dtype="bfloat16", tensor_parallel=2) for n in ("qwen3_5_text_tied", "qwen3_5_moe_text")]
     results = engine.run(exact + rounded)
     for job, result in zip(exact, results, strict=False):
