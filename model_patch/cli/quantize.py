@@ -1,5 +1,6 @@
 """`polar quantize`: a plain checkpoint into a quantised one."""
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -109,31 +110,32 @@ def quantize(
         check_output(out, overwrite)
     text = calibration or CALIBRATION_TEXT
     plan = plan_checkpoint(find_checkpoint(model), config, awq)
-    work = None
-    if resume:
-        read = text if awq or feedback or target is not None else None
-        options = {"windows": windows, "feedback": feedback, "target": target and asdict(target), "fixed": fixed}
-        options |= {"config": plan.config.to_dict(), "max_shard_size": shard_bytes(max_shard_size)}
-        with progress_bar("fingerprint") as progress:
-            record = make_record(plan.source.where, read, picked, options, progress)
-        work = open_work(out, overwrite, record)
-    saved = None if work is None else work.load(plan.source.where)
-    streamed = pick_streamed(layer_by_layer, plan.source.where, picked, target)
-    plan, found = saved or _calibrate(plan, fixed, target, text, picked, windows, feedback, streamed)
-    if work is not None and saved is None:
-        work.save(plan, found)
-    if dry_run:
-        _report(plan, None, as_json, method, peak_memory(picked))
-        return
-    kept = None if work is None else work.checkpoint
-    quantize_all = partial(quantize_checkpoint, awq_scales=found.awq_scales, moments=found.moments, kept=kept)
-    write = write_absmax if method is Method.absmax else quantize_all
-    with progress_bar("quantize") as progress:
-        warnings = write(
-            plan, out, device=picked, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
-        )
-    if work is not None:
-        work.delete()
+    with ExitStack() as stack:
+        work = None
+        if resume:
+            read = text if awq or feedback or target is not None else None
+            options = {"windows": windows, "feedback": feedback, "target": target and asdict(target), "fixed": fixed}
+            options |= {"config": plan.config.to_dict(), "max_shard_size": shard_bytes(max_shard_size)}
+            with progress_bar("fingerprint") as progress:
+                record = make_record(plan.source.where, read, picked, options, progress)
+            work = stack.enter_context(open_work(out, overwrite, record))
+        saved = None if work is None else work.load(plan.source.where)
+        streamed = pick_streamed(layer_by_layer, plan.source.where, picked, target)
+        plan, found = saved or _calibrate(plan, fixed, target, text, picked, windows, feedback, streamed)
+        if dry_run:
+            _report(plan, None, as_json, method, peak_memory(picked))
+            return
+        if work is not None and saved is None:
+            work.save(plan, found)
+        kept = None if work is None else work.checkpoint
+        quantize_all = partial(quantize_checkpoint, awq_scales=found.awq_scales, moments=found.moments, kept=kept)
+        write = write_absmax if method is Method.absmax else quantize_all
+        with progress_bar("quantize") as progress:
+            warnings = write(
+                plan, out, device=picked, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+            )
+        if work is not None:
+            work.delete()
     warn(warnings)
     _report(plan, out, as_json, method, peak_memory(picked))
 

@@ -2,18 +2,21 @@
 
 The folder .<output>.resume holds resume.json, a record of all that the result hangs on; calibrated.safetensors; and
 checkpoint/, which becomes the output. All is written under another name and renamed, so that what is there is whole. A
-run with another record is refused: its shards would not belong to those that are there.
+run with another record is refused: its shards would not belong to those that are there. So is one while another is at
+work, which holds the lock .<output>.resume.lock.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -106,13 +109,30 @@ def _kinds(calibrated: Calibrated) -> dict[str, dict[str, torch.Tensor]]:
     return {"awq_scales": calibrated.awq_scales, "moments": calibrated.moments}
 
 
-def open_work(out: Path, overwrite: bool, record: Mapping[str, object]) -> KeptWork:
+@contextmanager
+def open_work(out: Path, overwrite: bool, record: Mapping[str, object]) -> Iterator[KeptWork]:
     """The work for the output `out`: that of an interrupted run with the same record, or none yet.
 
-    Raises ConfigError naming what differs from the interrupted run, OutputError for an output that may not be written.
+    Raises ConfigError naming what differs from the interrupted run, OutputError for an output that may not be written,
+    or that another process is at work on.
     """
     check_output(out, overwrite)
     folder = out.parent / f".{out.name}.resume"
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise OutputError(f"{out}: another process is at work on it, and holds {lock.lock_file}") from error
+    except OSError as error:
+        raise OutputError(f"{lock.lock_file}: could not be written: {error}") from error
+    try:
+        yield _open(folder, out, record)
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _open(folder: Path, out: Path, record: Mapping[str, object]) -> KeptWork:
     if folder.exists() and (different := differences(dict(record), _read_record(folder / _RECORD))):
         raise ConfigError(
             f"{out}: the interrupted work in {folder} is of another {', '.join(different)}: give the same as then, or "

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from model_patch import CheckpointError, ConfigError, OutputError
@@ -261,6 +262,14 @@ def test_without_the_option_interrupted_work_is_left_alone(
     assert files(tmp_path / ".out.resume") == before
     assert "exists and is not empty" in refused(OutputError, tiny, tmp_path / "out", *PLAIN)
     assert run(tiny, tmp_path / "out", *PLAIN, "--resume", "--overwrite").exit_code == 0
+    assert files(tmp_path / "out") == whole
+
+
+def test_one_process_at_a_time(tiny: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".out.resume.lock"):
+        said = refused(OutputError, tiny, tmp_path / "out", *PLAIN, "--resume")
+    assert "another process is at work on it, and holds" in said
+    assert run(tiny, tmp_path / "out", *PLAIN, "--resume").exit_code == 0
     assert files(tmp_path / "out") == whole
 
 
