@@ -100,25 +100,12 @@ def _leave(x_ring, w_ring, slot, parity, done: tl.constexpr, group, groups, x_so
         _fill_w(w_ring, done % _SHARE, group + 1, groups, w_source, thread, True)
 
 
-@triton.jit(do_not_specialize=["M", "N", "groups", "line", "scales_line"])
-def _int8_dense_kernel(
-    w_ptr,
-    w_scales_ptr,
-    x_ptr,
-    bias_ptr,
-    out_ptr,
-    M,
-    N,
-    groups,
-    line,
-    scales_line,
-    HAS_BIAS: tl.constexpr,
-    LINES: tl.constexpr,
-):
-    thread = tl.arange(0, 32 * _W)
+@triton.jit
+def multiply_groups(w_ptr, w_scales_ptr, x_ptr, row, N, groups, scales_line, thread):
+    """128 rows of the weight times 256 of x: a thread's sums, as `wgmma_output` has them; and the address of
+    shared memory. row: g of the thread's rows of the weight. Waits for the kernel before, which writes both.
+    """
     lane = thread % 32
-    g = lane // 4
-    q = lane % 4
     reserve_shared(x_ptr, groups < 0, thread, _SHARED)
     shared = shared_memory(thread)
     x_ring = open_ring(shared, thread, _R, _NX, _W)
@@ -134,8 +121,7 @@ def _int8_dense_kernel(
     sums = ()
     for _ in tl.static_range(_SUMS * _NP):
         sums = sums + (tl.zeros(lane.shape, tl.float32),)
-    scales = scales_of(x_ring, q, _R, _NX)
-    row = tl.program_id(1) * (16 * _W) + thread // 32 * 16 + g
+    scales = scales_of(x_ring, lane % 4, _R, _NX)
     own_rows = thread // 128 * (64 * 128)  # where the warpgroup's rows start in a chunk of the weight
     slot = 0
     parity = 0
@@ -166,14 +152,36 @@ def _int8_dense_kernel(
             _leave(x_ring, w_ring, slot, parity, done, group, groups, x_source, w_source, thread)
             slot, parity = next_slot(slot, parity, _NX)
         sums = added
+    return sums, shared
+
+
+@triton.jit(do_not_specialize=["M", "N", "groups", "line", "scales_line"])
+def _int8_dense_kernel(
+    w_ptr,
+    w_scales_ptr,
+    x_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    groups,
+    line,
+    scales_line,
+    HAS_BIAS: tl.constexpr,
+    LINES: tl.constexpr,
+):
+    GROUPS: tl.constexpr = _R // 8 * _NP  # of 8 rows of x
+    thread = tl.arange(0, 32 * _W)
     first_row = tl.program_id(0) * (_R * _NP)
+    first_column = tl.program_id(1) * (16 * _W)
+    row = first_column + thread // 32 * 16 + thread % 32 // 4
+    sums, shared = multiply_groups(w_ptr, w_scales_ptr, x_ptr, row, N, groups, scales_line, thread)
     if HAS_BIAS:
-        sums = add_bias(sums, bias_ptr, row, N, _R // 8 * _NP)
+        sums = add_bias(sums, bias_ptr, row, N, GROUPS)
     if LINES:
-        first_column = tl.program_id(1) * (16 * _W)
-        store_lines(sums, out_ptr, shared, thread, first_row, first_column, M, N, line, _R // 8 * _NP, _W)
+        store_lines(sums, out_ptr, shared, thread, first_row, first_column, M, N, line, GROUPS, _W)
     else:
-        store_each(sums, out_ptr, first_row, row, q, M, N, line, _R // 8 * _NP)
+        store_each(sums, out_ptr, first_row, row, thread % 4, M, N, line, GROUPS)
 
 
 def int8_dense_linear(

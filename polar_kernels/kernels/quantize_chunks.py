@@ -2,7 +2,7 @@
 
 A quarter of a warp takes one block of one row, a lane 16 columns: most of the transform and of the search for the peak
 is then done in registers. The four blocks of a warp share a scale, so that a product's sums need one for every four
-blocks only; the rounding error is at most twice that of a scale for each block, mostly a tenth more.
+blocks only. What that costs is in docs/kernels.md.
 """
 
 import torch

@@ -15,6 +15,7 @@ from polar_kernels import reference
 from polar_kernels.kernels import (
     expert_pairs,
     expert_wgmma,
+    int8_dense,
     int8_wgmma,
     ptx,
     quantize_activation,
@@ -310,11 +311,57 @@ class Bands:
         return tensors, as_tensor(q, tl.int32), as_tensor(np.zeros_like(q), tl.int32)
 
 
+def multiply_groups(w: Any, w_scales: Any, x: Any, row: Any, _: Any, groups: Any, line: Any, thread: Any) -> Any:
+    """In place of the function of this name: from the chunks of both operands the sums it would have."""
+    start_w, start_scales, start_x, count, columns = (
+        int(v.handle.data.reshape(-1)[0]) for v in (w, w_scales, x, groups, line)
+    )
+    program, part = (int(tl.program_id(axis).handle.data.reshape(-1)[0]) for axis in (0, 1))
+    own, q = row.handle.data % 128, thread.handle.data % 4
+    stored = _read_words(start_scales, 0, count * columns).view(np.float32).reshape(count, columns)
+    norms = np.pad(stored, ((0, 0), (0, 128 * (part + 1))))[:, 128 * part : 128 * (part + 1)]
+    sums = np.zeros((128, 256), np.float32)
+    for group in range(count):
+        for product in range(2):
+            integers = np.zeros((128, 128))
+            for block in range(4 * group, 4 * group + 4):
+                chunk = _read_words(start_x, (program * 4 * count + block) * 2 + product, chunk_words(128))
+                weight = _read_words(start_w, part * 4 * count + block, requantize_tiles.CHUNK_WORDS)
+                rows = [_unswizzle(words.reshape(128, 8, 4)) for words in (weight, chunk[: 128 * 32])]
+                integers += rows[0] @ rows[1].T
+            scales = chunk[128 * 32 : 128 * 33].view(np.float32)
+            sums[:, 128 * product : 128 * (product + 1)] += integers * norms[group][:, None] * scales
+    picked = [sums[own + 8 * half, 8 * i + 2 * q + e] for i in range(32) for half in (0, 1) for e in (0, 1)]
+    return tuple(as_tensor(part, tl.float32) for part in picked), as_tensor(np.zeros_like(q), tl.int32)
+
+
+def _read_words(start: int, number: int, words: int) -> Words:
+    """Piece `number` of so many words each."""
+    return np.frombuffer(ctypes.string_at(start + 4 * number * words, 4 * words), np.uint32)
+
+
 def _unswizzle(words: np.ndarray) -> np.ndarray:
     """The rows by 128 columns of x in a chunk, whose 16 bytes (s, r) of a row lie at (s, r) ^ row % 8."""
     units = words.view(np.int8).reshape(-1, 8, 4, 4)
     in_order = np.stack([row[np.arange(8) ^ i % 8] for i, row in enumerate(units)])
     return in_order.reshape(-1, 4, 2, 4, 4).transpose(0, 1, 3, 2, 4).reshape(-1, 128).astype(np.float64)
+
+
+@pytest.mark.parametrize(("x_rows", "rows"), [(9, 72), (258, 132), (3, 300)])
+def test_product_of_most_rows(random_weight, relative_error, monkeypatch, x_rows: int, rows: int) -> None:
+    """But for what `multiply_groups` does: both operands' chunks, parts of the weight, where results are stored."""
+    columns = 512
+    packed, norms, scales, centroids = random_weight(rows, columns, 5)
+    monkeypatch.setattr(int8_dense, "multiply_groups", multiply_groups)
+    x, bias = torch.randn(x_rows, columns).half(), torch.randn(rows)
+    x[1, 3] = torch.nan
+    own = (*tile_weight(packed, norms, 5), scales, level_table(centroids), bias, rows)
+    exact = reference.linear(x.double(), packed, norms, scales, centroids, bias)
+    sound = torch.arange(len(x)) != 1
+    for scratch_bytes in (1 << 20, 128 * columns):
+        y = int8_dense.int8_dense_linear(x, *own, scratch_bytes=scratch_bytes)
+        assert y[1].isnan().all()
+        assert relative_error(y[sound], exact[sound]) < 0.02
 
 
 @pytest.mark.parametrize("bits", [2, 4, 5])
