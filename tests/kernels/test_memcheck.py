@@ -11,6 +11,7 @@ CALLS = """
 import torch
 from polar_kernels import PolarExpertProjection, PolarExperts, PolarLinear
 from polar_kernels.kernels import tiled_experts
+from polar_kernels.kernels.int8_dense import int8_dense_linear
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
 from polar_kernels.kernels.tiled import has_wgmma
 from polar_kernels.kernels.wgmma_forms import FORMS
@@ -32,6 +33,12 @@ for bits in (4, 5):
                 for split_blocks in (8, 16):
                     x = torch.randn(70, columns, device="cuda").half()
                     int8_wgmma_linear(x, *parts, rows, (form, split_blocks))
+        for rows, columns in ((70, 1536), (264, 512)):  # in parts of 128 rows of the weight
+            linear = torch.nn.Linear(columns, rows, device="cuda")
+            layer = PolarLinear.from_linear(linear, bits, awq_scales=torch.ones(columns))
+            parts = (layer.tiles, layer.tile_norms, layer.awq_scales, layer.level_table, layer.bias)
+            x = torch.randn(300, columns, device="cuda").half()
+            int8_dense_linear(x, *parts, rows, scratch_bytes=128 * columns)
     stacks = torch.randn(3, 96, 160, device="cuda"), torch.randn(3, 160, 48, device="cuda")
     layer = PolarExperts(*(PolarExpertProjection.from_dense(stack, bits) for stack in stacks))
     assert layer.down_proj.tiles is not None
