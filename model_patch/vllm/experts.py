@@ -39,7 +39,7 @@ class PolarExpertsMethod(FusedMoEMethodBase):
         middle = intermediate_size_per_partition
         layer.gate_up_proj = _empty_projection(num_experts, 2 * middle, hidden_size, self.gate_up)
         layer.down_proj = _empty_projection(num_experts, hidden_size, middle, self.down)
-        layer.load_weights = partial(_load_weights, layer)
+        layer.load_weights = partial(_load_weights, layer, {})
 
     def _check(self, layer: Any, middle: int) -> None:
         parallel = layer.moe_config.moe_parallel_config
@@ -90,11 +90,15 @@ def _empty_projection(count: int, rows: int, columns: int, weight: QuantizedWeig
     return projection
 
 
-def _load_weights(layer: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
+def _load_weights(
+    layer: Any, shared: dict[str, tuple[str, torch.Tensor]], weights: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[str]:
     """Read `gate_up_proj.packed` and its like, of all experts, or `3.up_proj.packed`, of one, in place of vLLM's own
-    loader, which knows other names."""
+    loader, which knows other names.
+
+    shared: the first of the scales that single experts have alike, kept from call to call, of which shards ask several.
+    """
     rank = layer.moe_config.moe_parallel_config.tp_rank
-    shared: dict[str, tuple[str, torch.Tensor]] = {}
     for name, loaded in weights:
         projection, _, part = name.rpartition(".")
         expert, _, single = projection.rpartition(".")

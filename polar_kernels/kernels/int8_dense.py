@@ -192,12 +192,11 @@ def int8_dense_linear(
     table: torch.Tensor,
     bias: torch.Tensor | None,
     out_features: int,
-    scratch_bytes: int = _SCRATCH_BYTES,
 ) -> torch.Tensor:
     """x [M, K] contiguous, bf16 or fp16, K a multiple of IN_FEATURES, times the transposed weight, plus bias: [M, N] in
     x's dtype."""
     blocks = len(tiles) // triton.cdiv(out_features, TILE_ROWS)
-    chunks = max(1, min(scratch_bytes // (4 * CHUNK_WORDS * blocks), triton.cdiv(out_features, CHUNK_ROWS)))
+    chunks = max(1, min(_SCRATCH_BYTES // (4 * CHUNK_WORDS * blocks), triton.cdiv(out_features, CHUNK_ROWS)))
     scratch = torch.empty(chunks, blocks, CHUNK_WORDS, dtype=torch.int32, device=x.device)
     out = torch.empty(len(x), out_features, dtype=x.dtype, device=x.device)
     words = None

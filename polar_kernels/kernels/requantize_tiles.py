@@ -178,7 +178,7 @@ def quantize_both(
     products: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_chunks` for CHUNK_ROWS rows an instruction and `requantize_tiles` in one launch: the chunks of x, and
-    the scales. K: a multiple of 128 * SCALE_BLOCKS."""
+    the scales. K: a multiple of 128 * SCALE_BLOCKS. The halves are left behind: the weight's integers need none."""
     rows, in_features = x.shape
     words, halves = empty_chunks(rows, in_features, CHUNK_ROWS, products, x.device)
     blocks = words.shape[1]

@@ -4,8 +4,8 @@
 |---|---|---|
 | 1 to 32, to 64 of a small weight | int8_matmul | exact_matmul, 16 at a time, to 48 |
 | to 768, to 256 of a tiny weight, to 2048 where K is no multiple of 512, on Hopper | int8_wgmma | dense |
-| more, of a tiny weight 257, or where K is no multiple of 512 | dense | dense |
-| else, on Hopper | int8_dense | dense |
+| more, of a weight that is not tiny, K a multiple of 512, on Hopper | int8_dense | dense |
+| else | dense | dense |
 
 dense: the weight dequantised, a part at a time, into one buffer that cuBLAS multiplies by. fp32 takes the plain kernel.
 """

@@ -10,8 +10,7 @@ import pytest
 CALLS = """
 import torch
 from polar_kernels import PolarExpertProjection, PolarExperts, PolarLinear
-from polar_kernels.kernels import tiled_experts
-from polar_kernels.kernels.int8_dense import int8_dense_linear
+from polar_kernels.kernels import int8_dense, tiled_experts
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
 from polar_kernels.kernels.tiled import has_wgmma
 from polar_kernels.kernels.wgmma_forms import FORMS
@@ -38,7 +37,8 @@ for bits in (4, 5):
             layer = PolarLinear.from_linear(linear, bits, awq_scales=torch.ones(columns))
             parts = (layer.tiles, layer.tile_norms, layer.awq_scales, layer.level_table, layer.bias)
             x = torch.randn(300, columns, device="cuda").half()
-            int8_dense_linear(x, *parts, rows, scratch_bytes=128 * columns)
+            int8_dense._SCRATCH_BYTES = 128 * columns
+            int8_dense.int8_dense_linear(x, *parts, rows)
     stacks = torch.randn(3, 96, 160, device="cuda"), torch.randn(3, 160, 48, device="cuda")
     layer = PolarExperts(*(PolarExpertProjection.from_dense(stack, bits) for stack in stacks))
     assert layer.down_proj.tiles is not None

@@ -13,8 +13,8 @@ from polar_kernels import (
     quantize_weight,
     reference,
 )
+from polar_kernels.kernels import int8_dense
 from polar_kernels.kernels import tiled as kernels_tiled
-from polar_kernels.kernels.int8_dense import int8_dense_linear
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
 from polar_kernels.kernels.wgmma_forms import FORMS, SCALE_BLOCKS, Form, choose_cut
 from polar_kernels.tiles import level_table, tile_weight, untile_weight
@@ -120,7 +120,9 @@ def test_wgmma(device, poisoned, tiled, relative_error, shape: tuple[int, int], 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", [(40, 512), (257, 1536), (1000, 4096), (128, 12288)])
 @pytest.mark.parametrize("rows", [1, 128, 255, 700])
-def test_int8_dense(device, poisoned, tiled, relative_error, shape: tuple[int, int], rows: int, bits: int) -> None:
+def test_int8_dense(
+    device, poisoned, tiled, relative_error, monkeypatch, shape: tuple[int, int], rows: int, bits: int
+) -> None:
     """In one part and in several; a whole block of zeros, and a row of the weight."""
     if torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("wgmma is Hopper's")
@@ -134,13 +136,15 @@ def test_int8_dense(device, poisoned, tiled, relative_error, shape: tuple[int, i
     exact = reference.linear(x.double(), *stored, offset)
     sound = torch.arange(rows, device=device) != rows // 2
     for dtype in (torch.bfloat16, torch.float16):
-        y = int8_dense_linear(x.to(dtype), *tiles[:4], offset, shape[0])
+        y = int8_dense.int8_dense_linear(x.to(dtype), *tiles[:4], offset, shape[0])
         assert y.dtype == dtype
         assert y[rows // 2].isnan().all()
         if rows > 1:
             assert torch.equal(y[sound, 3], offset[3].to(dtype).expand(rows - 1))
             assert relative_error(y[sound], exact[sound]) < DENSE_ERROR
-        parts = int8_dense_linear(x.to(dtype), *tiles[:4], offset, shape[0], scratch_bytes=128 * shape[1])
+        with monkeypatch.context() as small:
+            small.setattr(int8_dense, "_SCRATCH_BYTES", 128 * shape[1])
+            parts = int8_dense.int8_dense_linear(x.to(dtype), *tiles[:4], offset, shape[0])
         assert torch.equal(parts[sound], y[sound])
 
 

@@ -120,3 +120,21 @@ def test_experts_that_are_distributed_are_refused(engine: Any) -> None:
     layer = SimpleNamespace(moe_config=SimpleNamespace(moe_parallel_config=parallel), layer_name="layers.0.mlp.experts")
     with pytest.raises(UnsupportedModelError, match="leave out --enable-expert-parallel"):
         PolarExpertsMethod(None, weight, weight).create_weights(layer, 4, 256, 256, torch.float32)
+
+
+def test_single_experts_share_scales_across_calls_of_the_loader(engine: Any) -> None:
+    """vLLM calls it once a run of a layer's tensors, and shards may break one."""
+    from model_patch.vllm.experts import PolarExpertsMethod
+
+    config = _config(engine.quantized.folder("qwen3_moe"))
+    weight = config._weight(["model.layers.0.mlp.experts.down_proj"])
+    layer: Any = torch.nn.Module()
+    parallel = SimpleNamespace(use_ep=False, tp_size=1, tp_rank=0)
+    layer.moe_config, layer.layer_name = SimpleNamespace(moe_parallel_config=parallel), "layers.0.mlp.experts"
+    layer.activation, layer.apply_router_weight_on_input = SimpleNamespace(value="silu"), False
+    PolarExpertsMethod(None, weight, weight).create_weights(layer, 4, 256, 256, torch.float32)
+    scales = torch.full((256,), 2.0).half()
+    assert list(layer.load_weights([("0.gate_proj.awq_scales", scales)])) == ["gate_up_proj.awq_scales"]
+    assert torch.equal(layer.gate_up_proj.awq_scales[0], scales)
+    with pytest.raises(CheckpointError, match=r"1.up_proj.awq_scales must be equal to 0.gate_proj.awq_scales"):
+        list(layer.load_weights([("1.up_proj.awq_scales", 2 * scales)]))
