@@ -293,7 +293,7 @@ def test_the_benchmarks_print_before_they_write(
     args: tuple[str, ...], as_json: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(report, "describe", lambda: {"gpu": "Some GPU"})
+    monkeypatch.setattr(report, "describe", lambda *_: {"gpu": "Some GPU"})
     monkeypatch.setattr(kernels, "run", lambda *_, **__: ([], (1e12, 1e12)))
     monkeypatch.setattr(models, "providers", Mock())
     monkeypatch.setattr(models, "run", lambda *_, **__: ([], []))
