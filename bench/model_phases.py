@@ -29,7 +29,7 @@ def measure_phase(
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
-    ids = torch.randint(0, model.config.vocab_size, (batch, context), device=model.device)
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (batch, context), device=model.device)
     run = partial(_decode, steps=steps) if phase == "decode" else _PHASES[phase]
     rates = [run(model, ids) for _ in range(runs + 1)][1:]
     return rates, torch.cuda.max_memory_allocated(model.device) if on_gpu else None
@@ -38,8 +38,9 @@ def measure_phase(
 def measure_load(model: PreTrainedModel, runs: int) -> tuple[list[float], int | None]:
     """Seconds of each run of loading a quantised model from files that were just written, after a first one that is not
     counted, and the most bytes that the GPU held for it at a time."""
-    bits, device = _bits(model), model.device
-    attach_quantizer(model, PolarQuantConfig(bits=bits, awq=True))
+    device = model.device
+    if getattr(model, "hf_quantizer", None) is None:  # a random one, built without
+        attach_quantizer(model, PolarQuantConfig(bits=_bits(model), awq=True))
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         found = [_load(Path(folder), device, model.dtype) for _ in range(runs + 1)][1:]

@@ -6,15 +6,17 @@ from polar_bench import vllm_layers
 from polar_bench.models import COLUMNS, ModelMeasurement, table
 
 
-def section(result: dict[str, Any]) -> str:
-    """Markdown: a table a model, and where the time of an accelerated step goes."""
+def section(result: dict[str, Any], chart: str) -> str:
+    """Markdown: a chart, a table a model, and where the time of an accelerated step goes."""
     lines = [
         f"\n## Whole models, {result['gpu']}\n",
         _origin(result),
-        "Random weights of the true shape. Decoding is `generate`, of the plain model and after `accelerate`; "
+        f"{_weights(result)} Decoding is `generate`, of the plain model and after `accelerate`; "
         "tokens/s are of the whole batch, GB/s those at which the weights are read.",
     ]
     rows = [ModelMeasurement(**row) for row in result["rows"]]
+    if any(row.phase == "decode" and row.provider.endswith("accelerated") for row in rows):
+        lines.append(f"\n![accelerated decoding]({chart})")
     for model in dict.fromkeys(row.model for row in rows):
         lines += [f"\n### {model}\n", *_markdown(COLUMNS, table([row for row in rows if row.model == model]))]
         works = [work for work in result["profile"] if work["model"] == model]
@@ -24,6 +26,11 @@ def section(result: dict[str, Any]) -> str:
                 *_profile(works),
             ]
     return "\n".join(lines) + "\n"
+
+
+def _weights(result: dict[str, Any]) -> str:
+    checkpoint = result.get("checkpoint")
+    return f"The weights of {checkpoint}." if checkpoint else "Random weights of the true shape."
 
 
 def plug_in_section(result: dict[str, Any]) -> str:

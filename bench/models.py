@@ -13,8 +13,12 @@ from polar_bench.step_profile import KindOfWork, profile_step
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from model_patch.checkpoint.reader import read_config
+from model_patch.config import PolarQuantConfig
 from model_patch.decode import accelerate, decelerate
 from model_patch.errors import UnsupportedModelError
+from model_patch.load import find_checkpoint, load_model, quantization_config
+from model_patch.patch import dequantize_model, patch_model
 from model_patch.progress import Progress, no_progress
 
 PREFILL = (512, 2048, 8192)
@@ -58,6 +62,35 @@ def providers(
     if plain:
         makes[str(dtype).removeprefix("torch.")] = lambda: random_model(config, None, device, dtype)
     return makes
+
+
+def checkpoint_providers(
+    source: str, bits: int, device: torch.device, dtype: torch.dtype, plain: bool = True
+) -> dict[str, Make]:
+    """The same with a checkpoint's own weights: a quantised one as it is and dequantised, a plain one quantised by
+    least squares and as it is. bits: of the latter."""
+    folder = find_checkpoint(source)
+    stored = quantization_config(read_config(folder))
+
+    def load() -> PreTrainedModel:
+        return load_model(folder, device=device, dtype=dtype)
+
+    def quantized() -> PreTrainedModel:
+        model = load()
+        patch_model(model, PolarQuantConfig(bits=bits))
+        return model
+
+    def dense() -> PreTrainedModel:
+        model = load()
+        dequantize_model(model, dtype)
+        return model
+
+    name = str(dtype).removeprefix("torch.")
+    if stored is None:
+        makes = {f"polar {bits}-bit": quantized, name: load}
+    else:
+        makes = {f"polar {stored.bits}-bit": load, name: dense}
+    return makes if plain else dict(list(makes.items())[:1])
 
 
 @dataclass
@@ -207,10 +240,11 @@ def read_bytes(model: PreTrainedModel, batch: int = 1) -> int:
     """Weight bytes without what a step of `batch` tokens does not read: the embedding, of which it reads a row a token,
     unless it is the head too; and experts, of which tokens that choose evenly leave out this share."""
     read = weight_bytes(model)
-    if not model.config.tie_word_embeddings:
+    config = model.config.get_text_config()
+    if not (model.config.tie_word_embeddings or config.tie_word_embeddings):
         read -= weight_bytes(model.get_input_embeddings())
     for name, module in model.named_modules():
         if name.endswith(".mlp.experts"):
-            left_out = (1 - model.config.num_experts_per_tok / model.config.num_experts) ** batch
+            left_out = (1 - config.num_experts_per_tok / config.num_experts) ** batch
             read -= round(left_out * weight_bytes(module))
     return read

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from polar_bench import model_report
+from polar_bench import model_chart, model_report
 from polar_bench.measurement import Measurement
 from polar_bench.peers import PEERS, package_version
 
@@ -60,6 +60,13 @@ def write(result: Result, folder: Path) -> Path:
     if _has_experts(result):
         _draw_ratios(result, "experts", folder / f"{stem}-experts.png")
     _draw_roofline(result, folder / f"{stem}-roofline.png")
+    return path
+
+
+def write_models(result: Result, folder: Path, stem: str) -> Path:
+    """Write JSON and chart of whole models; returns the JSON's path."""
+    path = write_json(result, folder, stem)
+    model_chart.draw(result, path.with_suffix(".png"))
     return path
 
 
@@ -114,7 +121,7 @@ def document(folder: Path, out: Path) -> None:
     """Write docs/benchmarks.md from the result files in `folder`."""
     parts = [_INTRODUCTION]
     sections: dict[str, Callable[[Result, Path], str]] = {
-        "model": lambda result, path: model_report.section(result),
+        "model": lambda result, path: model_report.section(result, relative_link(path.with_suffix(".png"), out.parent)),
         "vllm": lambda result, path: model_report.plug_in_section(result),
         "kernels": lambda result, path: _section(result, path, out.parent),
     }

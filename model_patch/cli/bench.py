@@ -74,6 +74,10 @@ def kernels(
 
 @bench.command()
 def model(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A checkpoint folder, or a name on the Hub, measured with its weights."),
+    ] = None,
     config: Annotated[
         list[str] | None,
         typer.Option(
@@ -81,6 +85,9 @@ def model(
             "config.json gives the shape; may be given again."
         ),
     ] = None,
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights of MODEL's shape; always of those that --config names.")
+    ] = False,
     bits: Annotated[int, typer.Option(help="Of the quantised model.")] = 5,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     quick: Quick = False,
@@ -96,23 +103,28 @@ def model(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time prompts and decoding of models with random weights, quantised and plain, accelerated and not."""
+    """Time prompts and decoding of models, quantised and plain, accelerated and not."""
     from polar_bench import models, report
     from polar_bench.random_model import model_config
 
-    check_results(out, document, charts=False)
+    check_results(out, document, charts=True)
+    if checkpoint is not None and config:
+        raise ConfigError("give either MODEL or --config: one is measured with its weights, the other with random ones")
     target, as_dtype = pick_device(device), parse_dtype(dtype)
     if profile and target.type != "cuda":
         raise ConfigError("--profile needs a CUDA GPU: a step on a CPU is no graph")
-    names = config or [_MODEL]
-    shapes = {name: model_config(name) for name in names}
+    names = config or [checkpoint or _MODEL]
+    own_weights = checkpoint is not None and not random
     sizes: dict[str, Any] = {}
     if quick:
         sizes = {"prefill": (512, 2048), "contexts": (128,), "batches": (1, 16), "runs": 2}
-    result = report.describe() | {"rows": [], "profile": []}
-    for name, shape in shapes.items():
+    if own_weights:
+        makes_of = {names[0]: models.checkpoint_providers(names[0], bits, target, as_dtype, plain=plain)}
+    else:
+        makes_of = {name: models.providers(model_config(name), bits, target, as_dtype, plain=plain) for name in names}
+    result = report.describe() | {"checkpoint": checkpoint if own_weights else None, "rows": [], "profile": []}
+    for name, makes in makes_of.items():
         with progress_bar(f"bench model {name}") as progress:
-            makes = models.providers(shape, bits, target, as_dtype, plain=plain)
             measured, works = models.run(name, makes, **sizes, load=load, profile=profile, progress=progress)
         result["rows"] += [asdict(measurement) for measurement in measured]
         result["profile"] += [{"model": name} | asdict(work) for work in works]
@@ -123,7 +135,7 @@ def model(
     if out is not None:
         with writing(out):
             others = "".join(f"-{Path(name).name}" for name in names if name != _MODEL)
-            report.write_json(result, out, f"model-{report.gpu_name(result)}{others}")
+            report.write_models(result, out, f"model-{report.gpu_name(result)}{others}")
             if document is not None:
                 report.document(out, document)
 

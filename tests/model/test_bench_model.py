@@ -226,9 +226,30 @@ def test_a_profile_accounts_for_the_step(device: torch.device) -> None:
         assert {"rotation", "matmuls", "attention", "norms", "gaps"} <= counted.keys()
 
 
+@torch.no_grad()
+def test_providers_of_a_checkpoint(zoo: Any, device: torch.device, relative_error: Any) -> None:
+    """A quantised one is dequantised, a plain one quantised."""
+    ids = torch.arange(8, device=device)[None]
+    for folder, bound in ((zoo.quantized("qwen3_5_text"), 0.03), (zoo.checkpoint("qwen3_5_text"), 0.4)):
+        makes = models.checkpoint_providers(str(folder), 5, device, torch.float32)
+        assert list(makes) == ["polar 5-bit", "float32"]
+        quantized, plain = (make() for make in makes.values())
+        assert any(isinstance(module, PolarModule) for module in quantized.modules())
+        assert not any(isinstance(module, PolarModule) for module in plain.modules())
+        assert relative_error(quantized(ids).logits, plain(ids).logits) < bound
+    assert list(models.checkpoint_providers(str(folder), 4, device, torch.float32, plain=False)) == ["polar 4-bit"]
+
+
+def test_a_model_and_a_config_are_not_taken_together() -> None:
+    result = CliRunner().invoke(app, ["bench", "model", str(MODEL), "--config", "qwen3.5-9b"])
+    assert isinstance(result.exception, ConfigError)
+    assert "either MODEL or --config" in str(result.exception)
+
+
 @pytest.mark.usefixtures("_few_tokens")
-def test_command(tmp_path) -> None:
-    args = ["bench", "model", "--config", str(MODEL), "--quick", "--dtype", "float32", "--device", "cpu", "--json"]
+@pytest.mark.parametrize("named", [[str(MODEL)], [str(MODEL), "--random"]])
+def test_command(tmp_path, named: list[str]) -> None:
+    args = ["bench", "model", *named, "--quick", "--dtype", "float32", "--device", "cpu", "--json"]
     result = CliRunner().invoke(app, [*args, "--out", str(tmp_path), "--document", str(tmp_path / "benchmarks.md")])
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
@@ -236,9 +257,12 @@ def test_command(tmp_path) -> None:
     assert {"polar", "torch", "transformers"} <= printed["versions"].keys()
     assert {row["phase"] for row in printed["rows"]} == {"prefill", "decode", "first token", "generate"}
     (written,) = tmp_path.glob("model-*.json")
+    assert written.with_suffix(".png").stat().st_size > 10_000
     assert json.loads(written.read_text()) == printed
     text = (tmp_path / "benchmarks.md").read_text()
     assert f"### {MODEL}" in text
+    assert f"![accelerated decoding]({written.stem}.png)" in text
+    assert ("Random weights" in text) == ("--random" in named)
     assert "| polar 5-bit, accelerated | decode | 128 | 1 |" in text
 
 
