@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,7 +44,8 @@ class EngineError(PolarError):
 @dataclass(frozen=True)
 class Load:
     """What an engine is asked for. requests: at a time; prompt: tokens of each; short and long: tokens that each
-    writes, whose difference in time is that of decoding alone; runs: of both; eager: without CUDA graphs."""
+    writes, whose difference in time is that of decoding alone; runs: of both; eager: without CUDA graphs; memory: what
+    vLLM may take of the GPU's."""
 
     requests: tuple[int, ...] = (1, 8, 32, 128)
     prompt: int = 128
@@ -51,9 +53,10 @@ class Load:
     long: int = 272
     runs: int = 3
     eager: bool = False
+    memory: float = 0.85
 
 
-QUICK = Load(requests=(1, 4), prompt=32, short=4, long=12, runs=2, eager=True)
+QUICK = Load(requests=(1, 4), prompt=32, short=4, long=12, runs=2, eager=True, memory=0.3)
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def plain_bytes(config: PreTrainedConfig) -> int:
 def write_random(config: PreTrainedConfig, bits: int, device: torch.device, folder: Path) -> int:
     """Write a quantised checkpoint with random weights; returns its bytes, but for the vision tower's."""
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    model = random_model(config, bits, device, auto=auto)
+    model = random_model(deepcopy(config), bits, device, auto=auto)  # which is marked as quantised
     attach_quantizer(model, PolarQuantConfig(bits=bits, awq=True))
     model.save_pretrained(folder)
     state = model.state_dict()

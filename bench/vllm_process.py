@@ -32,7 +32,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         max_num_seqs=most,
         max_num_batched_tokens=max(most * job["prompt"], min(limit, 2048)),  # all prompts in one step
         enable_prefix_caching=False,
-        gpu_memory_utilization=0.85,
+        gpu_memory_utilization=job["memory"],
         enforce_eager=job["eager"],
         compilation_config={} if job["eager"] else {"cudagraph_capture_sizes": sorted(job["requests"])},
         additional_config={"gdn_prefill_backend": "triton"},  # FlashInfer's would be compiled first, or be missing

@@ -77,8 +77,10 @@ def test_the_document_has_a_section_of_each_kind(tmp_path: Path) -> None:
 def test_log_probabilities_are_compared_with_transformers(tmp_path: Path, name: str) -> None:
     config = model_config(str(MODEL)) if name != "qwen3" else _small_qwen3()
     device = torch.device("cpu")
-    nbytes = vllm_engine.write_random(engine_config(config), 5, device, tmp_path)
-    assert nbytes < vllm_engine.plain_bytes(engine_config(config)) / 2
+    shape = engine_config(config)
+    nbytes = vllm_engine.write_random(shape, 5, device, tmp_path)
+    assert not hasattr(shape, "quantization_config")
+    assert nbytes < vllm_engine.plain_bytes(shape) / 2
     model = load_model(tmp_path, device=device, dtype=torch.bfloat16)
     ids = torch.randint(0, config.vocab_size, (2, 12))
     with torch.no_grad():
