@@ -32,14 +32,16 @@ def run(
     rows: Sequence[int],
     tokens: Sequence[int] = (),
     progress: Progress = no_progress,
+    peers: Sequence[Provider] = (),
 ) -> tuple[list[Measurement], tuple[float, float]]:
-    """All measurements, and the read and copy rates of the memory in bytes a second. tokens: for experts."""
+    """All measurements, and the read and copy rates of the memory in bytes a second. tokens: for experts; peers: other
+    packages' providers (`peers.py`), after those that are always measured."""
     rates = memory_rates()
     results: list[Measurement] = []
     for index, (out_features, in_features) in enumerate(shapes):
         progress(index, len(shapes), f"{out_features} x {in_features}")
         baseline: dict[int, float] = {}
-        for provider in providers():
+        for provider in (*providers(), *peers):
             results += _measure_provider(provider, out_features, in_features, rows, baseline, rates[0])
             torch.cuda.empty_cache()
         results.append(_measure_dequantize(out_features, in_features, rates[1]))

@@ -6,17 +6,16 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from polar_bench import model_report
 from polar_bench.measurement import Measurement
+from polar_bench.peers import PEERS, package_version
 
 from model_patch.checkpoint.writer import write_whole
 from polar_kernels.version import __version__
@@ -28,19 +27,18 @@ Result = dict[str, Any]
 
 def assemble(measurements: list[Measurement], rates: tuple[float, float]) -> Result:
     """The result as it is written to JSON."""
-    return describe() | {
+    providers = {measurement.provider for measurement in measurements}
+    return describe([peer.package for peer in PEERS if peer.name in providers]) | {
         "read_bytes_per_second": rates[0],
         "copy_bytes_per_second": rates[1],
         "rows": [asdict(measurement) for measurement in measurements],
     }
 
 
-def describe() -> Result:
-    """What a result was measured on and with."""
-    versions = {"polar": __version__}
-    for name in ("torch", "triton", "transformers", "vllm"):
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
+def describe(packages: Sequence[str] = ()) -> Result:
+    """What a result was measured on and with. packages: beside those that every result is."""
+    found = {name: package_version(name) for name in ("torch", "triton", "transformers", *packages)}
+    versions = {"polar": __version__} | {name: number for name, number in found.items() if number}
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "versions": versions,
@@ -134,7 +132,8 @@ _INTRODUCTION = """# Benchmarks
 Made by `polar bench` and this file from its results; do not edit. Each call of a kernel runs in a CUDA graph over
 weights that take turns, more of them than the L2 holds; times are medians, the rotation of the activation included. The
 ratio is the time of cuBLAS bf16 (`F.linear`) in the same run over the time of the provider: above 1 is faster than
-bf16. No time is given where the result is wrong. Errors are relative, against fp64 with the dequantised weight.
+bf16. No time is given where the result is wrong. Errors are relative, against fp64 with the dequantised weight. The
+other quantised products have a scale for 128 weights each, as ours, and x and y in bf16.
 """
 
 
@@ -152,6 +151,7 @@ def _section(result: Result, path: Path, base: Path) -> str:
             f"![{kind}]({relative_link(path.with_name(f'{path.stem}-{kind}.png'), base)})\n"
             for kind in ("ratio", "roofline")
         ),
+        *_peers_lines(result),
         *(_experts_lines(result, path, base) if _has_experts(result) else ()),
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
@@ -170,6 +170,45 @@ def _ratio_lines(ratios: dict[str, dict[int, float]]) -> list[str]:
             for name, by_m in ratios.items()
         ),
     ]
+
+
+def peer_ratios(result: Result, ours: str) -> dict[tuple[str, int, int], dict[int, float]]:
+    """Other quantised products by name, N and K -> M -> the peer's time over that of `ours`, where both have one."""
+    times = {
+        (f"{row['provider']} {row['mode']}", row["N"], row["K"], row["M"]): row["microseconds"]
+        for row in result["rows"]
+        if row["kernel"] == "linear" and row["microseconds"]
+    }
+    ratios: dict[tuple[str, int, int], dict[int, float]] = {}
+    for (name, *shape, m), microseconds in sorted(times.items()):
+        if not name.startswith("polar") and not name.endswith("bf16") and (ours, *shape, m) in times:
+            ratios.setdefault((name, *shape), {})[m] = microseconds / times[ours, *shape, m]
+    return ratios
+
+
+def _peers_lines(result: Result) -> list[str]:
+    lines = []
+    for ours, what in (("polar 5-bit int8", "x rounded to int8"), ("polar 5-bit exact", "x in bf16, as the peers'")):
+        if ratios := peer_ratios(result, ours):
+            counts = sorted({m for by_m in ratios.values() for m in by_m})
+            lines += [
+                f"The time of other quantised products over that of {ours} ({what}):\n",
+                "| | N x K | " + " | ".join(f"M = {m}" for m in counts) + " |",
+                "|---" * (len(counts) + 2) + "|",
+                *(
+                    f"| {name} | {n}x{k} | " + " | ".join(_compared(by_m.get(m)) for m in counts) + " |"
+                    for (name, n, k), by_m in ratios.items()
+                ),
+                "",
+            ]
+    return lines
+
+
+def _compared(ratio: float | None) -> str:
+    """A peer's time over ours, with a word where ours is slower."""
+    if ratio is None:
+        return ""
+    return f"{ratio:.2f}" + (", slower" if round(ratio, 2) < 1 else "")
 
 
 def _experts_lines(result: Result, path: Path, base: Path) -> list[str]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from polar_kernels import ops
 from polar_kernels.errors import ArgumentError
-from polar_kernels.module import cast_for_autocast
+from polar_kernels.module import TiledWeight, cast_for_autocast
 from polar_kernels.tiles import TILE_ROWS
 
 if TYPE_CHECKING:
@@ -97,6 +97,19 @@ class PolarGroup(nn.Module):
             first.activation == "exact",
         )
         return y.split(sizes, -1)
+
+    @property
+    def tiled(self) -> TiledWeight | None:
+        """The members' weight as int8 products read it; None where they are not multiplied as one, or not in int8."""
+        if self._merged is None or any(member.activation == "exact" for member in self._members):
+            return None
+        first = self._members[0]
+        assert first.level_table is not None  # as tiles come with it
+        return TiledWeight(*self._merged, first.awq_scales, first.level_table)
+
+    def hand_out(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Let the members give their parts of `y` [..., their out_features together] when they are called with `x`."""
+        self._last = x, y.split([member.out_features for member in self._members], -1)
 
     def output_of(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """The output of one member, from the product made when the first of them was asked for `x`."""

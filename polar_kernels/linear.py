@@ -81,6 +81,11 @@ class PolarLinear(PolarModule):
     def leave(self) -> None:
         self._place = None
 
+    @property
+    def group(self) -> PolarGroup | None:
+        """The group the layer is in."""
+        return None if self._place is None else self._place[0]
+
     def settle(self) -> None:
         super().settle()
         if self._place is not None:

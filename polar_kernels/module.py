@@ -1,7 +1,7 @@
 """What the layers share: the stored weight as buffers, whose dtypes survive `.to()`, and no bf16 weight."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +23,15 @@ _TILED = ("tiles", "tile_norms", "level_table")
 
 class NoDenseWeightError(PolarError, AttributeError):
     """Something asked a quantised layer for the bf16 weight it does not have."""
+
+
+class TiledWeight(NamedTuple):
+    """A weight as kernels of the tile layout read it."""
+
+    tiles: torch.Tensor
+    tile_norms: torch.Tensor
+    awq_scales: torch.Tensor | None
+    level_table: torch.Tensor
 
 
 class PolarModule(nn.Module):
@@ -96,6 +105,13 @@ class PolarModule(nn.Module):
         if activation not in ("int8", "exact"):
             raise ArgumentError(f"activation must be 'int8' or 'exact', found {activation!r}")
         self._activation = activation
+
+    @property
+    def tiled(self) -> TiledWeight | None:
+        """The weight as int8 products read it; None where they are not the ones that are used."""
+        if self.tiles is None or self.tile_norms is None or self.level_table is None or self._activation == "exact":
+            return None
+        return TiledWeight(self.tiles, self.tile_norms, self.awq_scales, self.level_table)
 
     def _multiplies(self) -> bool:
         """Whether activations are multiplied by this weight, so that tile layout is of use."""

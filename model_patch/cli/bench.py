@@ -15,6 +15,7 @@ from model_patch.cli.options import (
     pick_device,
     print_json,
     print_table,
+    warn,
     writing,
 )
 from model_patch.errors import ConfigError
@@ -31,23 +32,34 @@ Quick = Annotated[bool, typer.Option("--quick", help="Fewer sizes, in a minute o
 def kernels(
     context: typer.Context,
     quick: Quick = False,
+    peers: Annotated[
+        bool | None,
+        typer.Option(
+            "--peers/--no-peers",
+            help="Also time GemLite and Humming where installed, which takes minutes; by default unless --quick.",
+        ),
+    ] = None,
     out: OutFolder = None,
     document: Document = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time the kernels beside bf16 and tinygemm on the layers of Qwen3.5-9B and experts of 35B-A3B: needs a GPU."""
+    """Time the kernels beside bf16 and other 4- and 5-bit kernels on layers of Qwen3.5-9B and experts of 35B-A3B: needs
+    a GPU."""
     if context.invoked_subcommand is not None:
         return
     check_results(out, document, charts=True)
     if not torch.cuda.is_available():
         raise ConfigError("polar bench needs a CUDA GPU, and torch finds none")
     from polar_bench import experts, kernels, report
+    from polar_bench.peers import installed
 
-    sizes = (kernels.QUICK_SHAPES, kernels.QUICK_ROWS, experts.QUICK_TOKENS)
+    others, missing = installed() if (not quick if peers is None else peers) else ([], [])
+    if missing:
+        warn([f"not compared with {' and '.join(missing)}: not installed"])
+    shapes, rows = (kernels.QUICK_SHAPES, kernels.QUICK_ROWS) if quick else (kernels.SHAPES, kernels.ROWS)
+    tokens = experts.QUICK_TOKENS if quick else experts.TOKENS
     with progress_bar("bench") as progress:
-        measurements, rates = kernels.run(
-            *(sizes if quick else (kernels.SHAPES, kernels.ROWS, experts.TOKENS)), progress=progress
-        )
+        measurements, rates = kernels.run(shapes, rows, tokens, progress, others)
     result = report.assemble(measurements, rates)
     if as_json:
         print_json(result)
@@ -170,7 +182,7 @@ def _engine(config: str, bits: int, quick: bool, out: Path | None, document: Pat
     vllm_engine.check_vllm()
     with progress_bar(f"bench vllm --engine {config}") as progress:
         measured = vllm_engine.run(shape, vllm_engine.QUICK if quick else None, bits=bits, progress=progress)
-    result = report.describe() | {"model": config, "rows": [asdict(measurement) for measurement in measured]}
+    result = report.describe(["vllm"]) | {"model": config, "rows": [asdict(measurement) for measurement in measured]}
     if as_json:
         print_json(result)
     else:

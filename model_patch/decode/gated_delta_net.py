@@ -9,22 +9,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from model_patch.decode.own_forward import own_forwards
+
 
 @contextmanager
 def delta_steps(model: PreTrainedModel) -> Iterator[None]:
     """The GatedDeltaNet layers of `model` that fit take one token at a time meanwhile; no other model's do."""
-    layers = [layer for layer in delta_layers(model) if fits(layer)]
-    own = [layer.__dict__.get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = step_forward(layer, layer.forward)
+    with own_forwards([(layer, step_forward(layer, layer.forward)) for layer in delta_layers(model) if fits(layer)]):
         yield
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            if forward is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.forward = forward
 
 
 def delta_layers(model: PreTrainedModel) -> list[Any]:
@@ -58,11 +50,10 @@ def step_forward(layer: Any, original: Callable[..., torch.Tensor]) -> Callable[
         state = cache.layers[layer.layer_idx]
         if getattr(state, "record_past", False):  # assisted decoding keeps what it may have to take back
             return original(hidden_states, *args, **kwargs)
-        hidden = hidden_states[:, 0].contiguous()
         out = delta_step(
-            hidden,
-            layer.in_proj_qkv(hidden),
-            layer.in_proj_z(hidden),
+            hidden_states[:, 0].contiguous(),
+            layer.in_proj_qkv(hidden_states)[:, 0],
+            layer.in_proj_z(hidden_states)[:, 0],
             state.conv_states[0],
             state.recurrent_states[0],
             layer.conv1d.weight[:, 0],

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from model_patch.decode.attention import decode_attention_of
 from model_patch.decode.fusion import fused
 from model_patch.decode.gated_delta_net import delta_steps
+from model_patch.decode.layer_step import layer_steps
 from model_patch.decode.state import DecodeState
 
 _WARM_UPS = 2  # the first compiles kernels, the second allocates as the capture will
@@ -51,7 +52,7 @@ class Step:
     def capture(self, pool: Any, fuse: bool) -> None:
         """Make the CUDA graph, in memory shared with the other graphs of `pool`; of fused kernels, or of those that
         run without. Overwrites the state."""
-        with delta_steps(self._model), fused(self._model) if fuse else nullcontext():
+        with delta_steps(self._model), layer_steps(self._model), fused(self._model) if fuse else nullcontext():
             self._capture(pool)
 
     def __call__(self) -> torch.Tensor:

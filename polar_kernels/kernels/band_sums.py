@@ -77,14 +77,16 @@ def store_band(
     sums,
     thread,
     bias_ptr,
+    residual_ptr,
     out_ptr,
     M,
     N,
     GROUPS: tl.constexpr,
     WARPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):
-    """Add up over the WARPS warps of the program, add the bias and store."""
+    """Add up over the WARPS warps of the program, add the bias, round, add the residual [M, N], and store."""
     lane = thread % 32
     warp = thread // 32
     scratch = _scratch(thread, WARPS)
@@ -99,7 +101,11 @@ def store_band(
             y = share[i]
             if HAS_BIAS:
                 y += tl.load(bias_ptr + row, mask=keep, other=0.0).to(tl.float32)
-            tl.store(out_ptr + column.to(tl.int64) * N + row, y.to(out_ptr.dtype.element_ty), mask=keep)
+            at = column.to(tl.int64) * N + row
+            if HAS_RESIDUAL:  # after the rounding that torch would do before the addition
+                y = y.to(out_ptr.dtype.element_ty).to(tl.float32)
+                y += tl.load(residual_ptr + at, mask=keep, other=0.0).to(tl.float32)
+            tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=keep)
 
 
 def _sum_rows(warps: int) -> str:

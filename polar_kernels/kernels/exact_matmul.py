@@ -104,7 +104,7 @@ def _exact_matmul_kernel(
                 sums[8 * group + 7] + lower[4 * group + 3] * n3,
             )
         sums = added
-    store_band(sums, thread, bias_ptr, out_ptr, M, N, GROUPS, WARPS, HAS_BIAS)
+    store_band(sums, thread, bias_ptr, None, out_ptr, M, N, GROUPS, WARPS, HAS_BIAS, False)
 
 
 def exact_linear(

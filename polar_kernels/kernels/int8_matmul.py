@@ -43,6 +43,7 @@ def _int8_matmul_kernel(
     x_ptr,
     meta_ptr,
     bias_ptr,
+    residual_ptr,
     out_ptr,
     M,
     N,
@@ -52,6 +53,7 @@ def _int8_matmul_kernel(
     GROUPS: tl.constexpr,
     WARPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
@@ -100,7 +102,7 @@ def _int8_matmul_kernel(
                 sums[8 * group + 7] + (l3 * scale1 + base1) * n3,
             )
         sums = added
-    store_band(sums, thread, bias_ptr, out_ptr, M, N, GROUPS, WARPS, HAS_BIAS)
+    store_band(sums, thread, bias_ptr, residual_ptr, out_ptr, M, N, GROUPS, WARPS, HAS_BIAS, HAS_RESIDUAL)
 
 
 def int8_linear(
@@ -113,12 +115,31 @@ def int8_linear(
     out_features: int,
 ) -> torch.Tensor:
     """x [M, K] contiguous, 1 <= M <= MAX_ROWS, times the transposed weight, plus bias: [M, N] in x's dtype."""
-    rows = x.shape[0]
-    groups = triton.next_power_of_2(triton.cdiv(rows, ROW_GROUP))
-    words, meta = quantize_activation(x, awq_scales, table, groups * ROW_GROUP)
+    words, meta = quantize_activation(x, awq_scales, table, padded_rows(x.shape[0]))
+    out = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
+    return multiply_quantized(words, meta, tiles, tile_norms, table, bias, None, out)
+
+
+def padded_rows(rows: int) -> int:
+    """Rows of x that the product reads in place of so many."""
+    return triton.next_power_of_2(triton.cdiv(rows, ROW_GROUP)) * ROW_GROUP
+
+
+def multiply_quantized(
+    words: torch.Tensor,
+    meta: torch.Tensor,
+    tiles: torch.Tensor,
+    tile_norms: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """`out` [M, N], with the product of what `quantize_activation` made, plus bias, plus residual [M, N] contiguous."""
+    rows, out_features = out.shape
+    groups = words.shape[0] // ROW_GROUP
     bands = triton.cdiv(out_features, TILE_ROWS)
     blocks = tiles.shape[0] // bands
-    out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     warps = _choose_warps(bands, groups)
     _int8_matmul_kernel[(bands,)](
         tiles_ptr=tiles,
@@ -127,6 +148,7 @@ def int8_linear(
         x_ptr=words,
         meta_ptr=meta,
         bias_ptr=bias,
+        residual_ptr=residual,
         out_ptr=out,
         M=rows,
         N=out_features,
@@ -136,6 +158,7 @@ def int8_linear(
         GROUPS=groups,
         WARPS=warps,
         HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
         num_warps=warps,
         enable_fp_fusion=True,
         num_stages=1,

@@ -25,6 +25,12 @@ _ROUND_BITS = tl.constexpr(0x4B400000)
 def quantize_block(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES: tl.constexpr, GATED: tl.constexpr):
     """Four columns of a block as the bytes of a word; half the sum of the block's integers, times the scale; it."""
     x0, x1, x2, x3 = rotate_block(x_ptr, scales_ptr, row, block, lane, K, HAS_SCALES, GATED)
+    return quantize_lanes(x0, x1, x2, x3, delta)
+
+
+@triton.jit
+def quantize_lanes(x0, x1, x2, x3, delta):
+    """The same of a block that is rotated and in registers."""
     peak = max_lanes(_max(_max(tl.abs(x0), tl.abs(x1)), _max(tl.abs(x2), tl.abs(x3))), 5)
     inverse, scale = scales_of_peak(peak, delta)
     q0 = _round(x0 * inverse)
@@ -58,12 +64,18 @@ def _quantize_kernel(
     lane = thread % 32
     row = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0) * WARPS + thread // 32
-    inside = block < blocks
     delta = tl.load(table_ptr + _STEP).to(tl.float32, bitcast=True)
     gdc_wait()
     if ROUTED:
         gdc_launch_dependents()
     word, half, scale = quantize_block(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES, GATED)
+    store_block(word, half, scale, out_ptr, meta_ptr, row, block, lane, blocks, padded_rows)
+
+
+@triton.jit
+def store_block(word, half, scale, out_ptr, meta_ptr, row, block, lane, blocks, padded_rows):
+    """What `quantize_lanes` gives, to where `int8_matmul` reads it; blocks from `blocks` on are left out."""
+    inside = block < blocks
     # Column 32 s + 8 q + 4 r + i goes where lane q of the product reads its eight words (s, r) in a run.
     position = (lane // 2) % 4 * 8 + lane // 8 * 2 + lane % 2
     tl.store(out_ptr + (row * blocks + block) * 32 + position, word, mask=inside)

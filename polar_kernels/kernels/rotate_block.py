@@ -17,6 +17,12 @@ def rotate_block(x_ptr, scales_ptr, row, block, lane, K, HAS_SCALES: tl.constexp
     x1 = _load(x_ptr, scales_ptr, row, column + 1, K, HAS_SCALES, GATED)
     x2 = _load(x_ptr, scales_ptr, row, column + 2, K, HAS_SCALES, GATED)
     x3 = _load(x_ptr, scales_ptr, row, column + 3, K, HAS_SCALES, GATED)
+    return rotate_lanes(x0, x1, x2, x3, lane)
+
+
+@triton.jit
+def rotate_lanes(x0, x1, x2, x3, lane):
+    """The same of a block that is in registers."""
     x0, x1, x2, x3 = x0 + x1, x0 - x1, x2 + x3, x2 - x3
     x0, x1, x2, x3 = x0 + x2, x1 + x3, x0 - x2, x1 - x3
     for bit in tl.static_range(5):

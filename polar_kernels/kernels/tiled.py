@@ -28,7 +28,7 @@ from polar_kernels.tiles import TILE_ROWS, untile_weight
 
 # Rows of x up to which a kernel is the fastest, from times on an H200, and on an H100 where wgmma is concerned.
 _EXACT_ROWS = 3 * exact_matmul.MAX_ROWS
-_NARROW_ROWS = 32  # int8_matmul; twice as many where the weight is small: has at most so many tiles
+NARROW_ROWS = 32  # int8_matmul; twice as many where the weight is small: has at most so many tiles
 _SMALL_TILES = 4096
 _WGMMA_ROWS, _ODD_WGMMA_ROWS = 768, 2048  # the latter where int8_dense does not take K
 _TINY_WGMMA_ROWS, _TINY_TILES = 256, 1024  # where the weight is tiny: has at most so many tiles
@@ -63,7 +63,7 @@ def tiled_linear(
             return _dense_linear(x, *weight)
         return _in_parts(exact_linear, exact_matmul.MAX_ROWS, x, weight)
     small = len(tiles) <= _SMALL_TILES
-    if rows <= (2 * _NARROW_ROWS if small else _NARROW_ROWS):
+    if rows <= (2 * NARROW_ROWS if small else NARROW_ROWS):
         return int8_linear(x, *weight)
     wgmma = has_wgmma(x.device)
     tiny = len(tiles) <= _TINY_TILES

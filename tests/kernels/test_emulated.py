@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from emulator import Emulator, Words, as_tensor
+from emulator import Words, as_tensor, emulate
 
 from polar_kernels import reference
 from polar_kernels.kernels import (
@@ -17,16 +17,14 @@ from polar_kernels.kernels import (
     expert_wgmma,
     int8_dense,
     int8_wgmma,
-    ptx,
+    norm_quantize,
     quantize_activation,
     quantize_chunks,
-    quantize_grouped,
     requantize_tiles,
-    rotate_activation,
     tiled_experts,
 )
 from polar_kernels.kernels.exact_matmul import exact_linear
-from polar_kernels.kernels.int8_matmul import int8_linear
+from polar_kernels.kernels.int8_matmul import int8_linear, multiply_quantized, padded_rows
 from polar_kernels.kernels.ring import chunk_words
 from polar_kernels.kernels.wgmma_forms import FORMS, Form
 from polar_kernels.packing import unpack_codes
@@ -38,19 +36,7 @@ E, H, MIDDLE, K = 2, 160, 16, 2
 
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ptx.tl, "inline_asm_elementwise", Emulator())
-    for module in (
-        int8_wgmma,
-        quantize_activation,
-        quantize_chunks,
-        quantize_grouped,
-        requantize_tiles,
-        rotate_activation,
-        tiled_experts,
-    ):
-        for name in ("gdc_wait", "gdc_launch_dependents"):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, lambda: None)
+    emulate(monkeypatch)
 
 
 @pytest.fixture
@@ -273,3 +259,32 @@ def test_product_of_few_rows(random_weight, relative_error, linear: Callable, bi
     y = linear(x, *tile_weight(packed, norms, bits), scales, level_table(centroids), bias, 40)
     exact = reference.linear(x.double(), packed, norms, scales, centroids, bias)
     assert relative_error(y, exact) < (1e-3 if linear is exact_linear else 0.02)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("columns", [200, 640])
+def test_norm_before_a_product(random_weight, relative_error, columns: int, centered: bool) -> None:
+    """The words are those of the norm's rounded output, and so is what it writes."""
+    *_, scales, centroids = random_weight(40, columns, 5)
+    table = level_table(centroids)
+    x, weight = 3 * torch.randn(3, columns).half(), torch.randn(columns).half()
+    y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+    y = (y * (1 + weight.float())).half() if centered else y.half() * weight
+    out = torch.full_like(x, torch.nan)
+    words, meta = norm_quantize.norm_quantize(x, weight, 1e-6, scales, table, 8, centered=centered, out=out)
+    assert relative_error(out, y) < 1e-4
+    expected = quantize_activation.quantize_activation(out, scales, table, 8)
+    assert torch.equal(words[:3], expected[0][:3])
+    assert torch.equal(meta[:, :3], expected[1][:, :3])
+    alone = norm_quantize.norm_quantize(x, weight, 1e-6, scales, table, 8, centered=centered)
+    assert torch.equal(alone[0][:3], words[:3])
+
+
+def test_residual_after_a_product(random_weight) -> None:
+    packed, norms, scales, centroids = random_weight(40, 200, 5)
+    tiles, table = tile_weight(packed, norms, 5), level_table(centroids)
+    x, residual = torch.randn(9, 200).half(), torch.randn(9, 40).half()
+    words, meta = quantize_activation.quantize_activation(x, scales, table, padded_rows(9))
+    out = torch.full((9, 40), torch.nan).half()
+    multiply_quantized(words, meta, *tiles, table, None, residual, out)
+    assert torch.equal(out, int8_linear(x, *tiles, scales, table, None, 40) + residual)

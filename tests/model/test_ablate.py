@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from polar_bench import ablate, kernels, models, quality, report
+from polar_bench import ablate, kernels, models, peers, quality, report
 from polar_bench.ablate import Calibration
 from polar_bench.variants import BASELINE, FULL, VARIANTS, Variant
 from typer.testing import CliRunner
@@ -293,7 +293,7 @@ def test_the_benchmarks_print_before_they_write(
     args: tuple[str, ...], as_json: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(report, "describe", lambda: {"gpu": "Some GPU"})
+    monkeypatch.setattr(report, "describe", lambda *_: {"gpu": "Some GPU"})
     monkeypatch.setattr(kernels, "run", lambda *_, **__: ([], (1e12, 1e12)))
     monkeypatch.setattr(models, "providers", Mock())
     monkeypatch.setattr(models, "run", lambda *_, **__: ([], []))
@@ -304,6 +304,24 @@ def test_the_benchmarks_print_before_they_write(
     result = CliRunner().invoke(app, [*args, *device, *shown, "--out", str(tmp_path)])
     assert type(result.exception) is OutputError, result.exception
     assert "Some GPU" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "measured"),
+    [((), ["Humming"]), (("--quick",), []), (("--quick", "--peers"), ["Humming"]), (("--no-peers",), [])],
+)
+def test_bench_measures_the_peers_that_are_installed(
+    options: tuple[str, ...], measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(report, "describe", lambda *_: {"gpu": "Some GPU"})
+    monkeypatch.setattr(peers, "package_version", {"humming-kernels": "0.1.19"}.get)
+    run_kernels = Mock(return_value=([], (1e12, 1e12)))
+    monkeypatch.setattr(kernels, "run", run_kernels)
+    result = CliRunner().invoke(app, ["bench", *options])
+    assert result.exit_code == 0, result.output
+    assert [peer.name for peer in run_kernels.call_args.args[-1]] == measured
+    assert ("not compared with gemlite: not installed" in result.stderr) == bool(measured)
 
 
 def test_a_model_of_the_hub_is_named_as_there(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import triton.language as tl
+
+from polar_kernels.kernels import (
+    int8_wgmma,
+    norm_quantize,
+    ptx,
+    quantize_activation,
+    quantize_chunks,
+    quantize_grouped,
+    requantize_tiles,
+    rotate_activation,
+    tiled_experts,
+)
 
 Words = np.ndarray  # uint32, one a thread
 
@@ -189,3 +202,21 @@ class Emulator:
 
     def _set(self, names: list[str], values: Any) -> None:
         self.registers.update(zip(names, values, strict=True))
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all kernels run in the interpreter, one after the other."""
+    monkeypatch.setattr(ptx.tl, "inline_asm_elementwise", Emulator())
+    for module in (
+        int8_wgmma,
+        norm_quantize,
+        quantize_activation,
+        quantize_chunks,
+        quantize_grouped,
+        requantize_tiles,
+        rotate_activation,
+        tiled_experts,
+    ):
+        for name in ("gdc_wait", "gdc_launch_dependents"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, lambda: None)
