@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from polar_bench import vllm_layers
+from polar_bench import vllm_engine, vllm_layers
 from polar_bench.models import COLUMNS, ModelMeasurement, table
 
 
@@ -43,6 +43,22 @@ def plug_in_section(result: dict[str, Any]) -> str:
         "tokens/s are what the products alone would allow.\n",
         *_markdown(
             vllm_layers.COLUMNS, vllm_layers.table([vllm_layers.StepMeasurement(**row) for row in result["rows"]])
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def engine_section(result: dict[str, Any]) -> str:
+    """Markdown: what vLLM's engine decodes."""
+    lines = [
+        f"\n## vLLM, {result['model']}, {result['gpu']}\n",
+        _origin(result),
+        "vLLM's engine, greedy, with its own compilation and CUDA graphs, on random weights of the true shape. So many "
+        "requests with prompts of 128 tokens write 256 more at a time; tokens/s are of all of them, and of decoding "
+        "alone: the time of 16 tokens is taken off that of 272. The error is that of the log-probabilities of tokens, "
+        "against transformers over the same checkpoint, relative to how much logits differ.\n",
+        *_markdown(
+            vllm_engine.COLUMNS, vllm_engine.table([vllm_engine.EngineMeasurement(**row) for row in result["rows"]])
         ),
     ]
     return "\n".join(lines) + "\n"

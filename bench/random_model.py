@@ -11,6 +11,7 @@ from transformers import (
     PreTrainedModel,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
+    Qwen3Config,
 )
 
 from model_patch.architectures import check_model_type
@@ -19,7 +20,8 @@ from model_patch.errors import ConfigError
 from model_patch.patch import plan_model, swap_to_empty
 from polar_kernels import PolarModule
 
-# Name -> where its text config differs from its class's default, which is Qwen3.5-9B or, of experts, Qwen3.5-35B-A3B.
+# Name -> where its text config differs from its class's default, which is Qwen3.5-9B but where `_CLASSES` has another:
+# Qwen3.5-35B-A3B, of experts, and Qwen3.
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3.5-4b": {"hidden_size": 2560, "intermediate_size": 9216, "tie_word_embeddings": True},
     "qwen3.5-9b": {},
@@ -31,8 +33,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "linear_num_value_heads": 48,
     },
     "qwen3.5-35b-a3b": {},
+    "qwen3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": False,
+    },
 }
-_CLASSES = {"qwen3.5-35b-a3b": Qwen3_5MoeTextConfig}
+_CLASSES: dict[str, type[PreTrainedConfig]] = {"qwen3.5-35b-a3b": Qwen3_5MoeTextConfig, "qwen3-8b": Qwen3Config}
 
 
 def model_config(name: str) -> PreTrainedConfig:
@@ -51,11 +63,16 @@ def model_config(name: str) -> PreTrainedConfig:
 
 @torch.no_grad()
 def random_model(
-    config: PreTrainedConfig, bits: int | None, device: torch.device, dtype: torch.dtype = torch.bfloat16
+    config: PreTrainedConfig,
+    bits: int | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    auto: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
-    """A text model with random weights on `device`: all layers quantised to `bits`, or plain when None."""
+    """A model with random weights on `device`: all layers quantised to `bits`, or plain when None. auto: transformers'
+    class that makes it."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = auto.from_config(config, dtype=dtype)
     if bits is not None:
         plan = plan_model(model, PolarQuantConfig(bits=bits))
         swap_to_empty(model, plan, awq=True, device=device)

@@ -122,11 +122,14 @@ def document(folder: Path, out: Path) -> None:
     parts = [_INTRODUCTION]
     sections: dict[str, Callable[[Result, Path], str]] = {
         "model": lambda result, path: model_report.section(result, relative_link(path.with_suffix(".png"), out.parent)),
+        "vllm-engine": lambda result, path: model_report.engine_section(result),
         "vllm": lambda result, path: model_report.plug_in_section(result),
         "kernels": lambda result, path: _section(result, path, out.parent),
     }
     for kind, section in sections.items():
         for path in sorted(folder.glob(f"{kind}-*.json")):
+            if kind == "vllm" and path.name.startswith("vllm-engine-"):
+                continue
             parts.append(section(json.loads(path.read_text(encoding="utf-8")), path))
     write_whole(out, "\n".join(parts).encode())
 

@@ -143,18 +143,32 @@ def model(
 @bench.command()
 def vllm(
     config: Annotated[
-        str, typer.Option(help="qwen3.5-4b, qwen3.5-9b, qwen3.5-27b, or a folder or Hub name of a dense Qwen3.5.")
-    ] = "qwen3.5-9b",
+        str,
+        typer.Option(
+            help="qwen3.5-4b, qwen3.5-9b, qwen3.5-27b, or a folder or Hub name of a dense Qwen3.5; with --engine also "
+            "qwen3-8b, or a dense Qwen3."
+        ),
+    ] = _MODEL,
     bits: Annotated[int, typer.Option(help="Of the quantised layers.")] = 5,
+    engine: Annotated[bool, typer.Option("--engine", help="Run vLLM itself, which must be installed.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="With --engine: few requests, without CUDA graphs, to see that it runs.")
+    ] = False,
     out: OutFolder = None,
     document: Document = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time the matrix products of a decode step by the vLLM plug-in's layers beside bf16: needs a GPU, and no vLLM."""
+    """Time the matrix products of a decode step by the vLLM plug-in's layers beside bf16: needs a GPU, and no vLLM.
+
+    With --engine, vLLM itself: tokens a second that its engine decodes.
+    """
     from polar_bench import report, vllm_layers
     from polar_bench.random_model import model_config
 
     check_results(out, document, charts=False)
+    if engine:
+        _engine(config, bits, quick, out, document, as_json)
+        return
     layers = vllm_layers.layers_of(model_config(config))
     if not torch.cuda.is_available():
         raise ConfigError("polar bench vllm needs a CUDA GPU, and torch finds none")
@@ -168,5 +182,26 @@ def vllm(
     if out is not None:
         with writing(out):
             report.write_json(result, out, f"vllm-{report.gpu_name(result)}")
+            if document is not None:
+                report.document(out, document)
+
+
+def _engine(config: str, bits: int, quick: bool, out: Path | None, document: Path | None, as_json: bool) -> None:
+    from polar_bench import report, vllm_engine
+    from polar_bench.random_model import model_config
+
+    shape = model_config(config)
+    vllm_engine.check_vllm()
+    with progress_bar(f"bench vllm --engine {config}") as progress:
+        measured = vllm_engine.run(shape, vllm_engine.QUICK if quick else None, bits=bits, progress=progress)
+    result = report.describe(["vllm"]) | {"model": config, "rows": [asdict(measurement) for measurement in measured]}
+    if as_json:
+        print_json(result)
+    else:
+        print_table(f"vLLM, {config} on {result['gpu']}", vllm_engine.COLUMNS, vllm_engine.table(measured))
+    if out is not None:
+        with writing(out):
+            other = "" if config == _MODEL else f"-{Path(config).name}"
+            report.write_json(result, out, f"vllm-engine-{report.gpu_name(result)}{other}")
             if document is not None:
                 report.document(out, document)
