@@ -51,7 +51,7 @@ class Load:
     prompt: int = 128
     short: int = 16
     long: int = 272
-    runs: int = 3
+    runs: int = 5
     eager: bool = False
     memory: float = 0.85
 

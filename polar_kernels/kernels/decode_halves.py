@@ -33,7 +33,7 @@ def decode_halves_code(step: int, width: int) -> str:
     return (
         "{ .reg .b32 a, b, up, lo, hi, m, x; and.b32 a, $4, 0x77777777; shl.b32 up, $4, 4;"
         + four("$0", "$1", "a", 0xD9C8, 2 * step)
-        + " shr.u32 b, a, 16;"
+        + " dp2a.lo.u32.u32 b, a, 0x100, 0;"  # its upper half; a shift would wait for the permutes
         + four("$2", "$3", "b", 0xFBEA, 2 * step + 1)
         + " }"
     )

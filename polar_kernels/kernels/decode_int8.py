@@ -2,9 +2,10 @@
 
 A byte permute looks up four magnitudes at once. Of 16 magnitudes each of two permutes looks up eight: an index whose
 top bit is set asks a permute for the sign of a byte, and no level has its top bit set, so that what the other permute
-is to look up becomes zero. Negation is a bitwise complement, since levels are half-integers; the mask for it is a
-multiple of the sign bits, made where the multiplications are, since permutes, shifts and logic are what bounds these
-kernels.
+is to look up becomes zero. Negation is a bitwise complement, since levels are half-integers; a permute that spreads
+signs over bytes makes the mask for it. Permutes and logic, which run at half the rate of additions, are what bounds
+these kernels. So where there is a choice the work goes to where the multiplications are: a shift to the left, and a
+word's upper half, which is a dot product with (0, 1).
 """
 
 import triton
@@ -23,8 +24,8 @@ def decode_int8_code(step: int, width: int) -> str:
 
     def four(out: str, selector: str, other: str, group: int) -> str:
         return (
-            f"prmt.b32 lo, $4, $5, {selector}; prmt.b32 hi, $6, $7, {other}; shr.u32 s, $3, {7 - group};"
-            f"and.b32 s, s, 0x01010101; mul.lo.u32 s, s, 255; lop3.b32 {out}, lo, hi, s, 0x56;"
+            f"prmt.b32 lo, $4, $5, {selector}; prmt.b32 hi, $6, $7, {other}; shl.b32 s, $3, {group};"
+            f"prmt.b32 s, s, s, 0xBA98; lop3.b32 {out}, lo, hi, s, 0x56;"
         )
 
     if width == 4:
@@ -38,7 +39,7 @@ def decode_int8_code(step: int, width: int) -> str:
     return (
         "{ .reg .b32 b, up, lo, hi, s; xor.b32 up, $2, 0x88888888;"
         + four("$0", "$2", "up", 2 * step)
-        + " shr.u32 b, $2, 16; shr.u32 up, up, 16;"
+        + " dp2a.lo.u32.u32 b, $2, 0x100, 0; xor.b32 up, b, 0x8888;"
         + four("$1", "b", "up", 2 * step + 1)
         + " }"
     )

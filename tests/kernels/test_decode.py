@@ -42,7 +42,7 @@ INSTRUCTIONS: dict[str, Callable[..., int]] = {
     "xor.b32": lambda a, b: a ^ b,
     "shl.b32": lambda a, n: a << n & WORD,
     "shr.u32": lambda a, n: a >> n,
-    "mul.lo.u32": lambda a, b: a * b & WORD,
+    "dp2a.lo.u32.u32": lambda a, b, c: (a & 0xFFFF) * (b & 0xFF) + (a >> 16) * (b >> 8 & 0xFF) + c & WORD,
     "prmt.b32": _permute,
     "lop3.b32": _look_up_bits,
 }

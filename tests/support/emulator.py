@@ -87,6 +87,15 @@ def _add_bytes(a: Words, b: Words, c: Words) -> Words:
     return ((_unpack(a, "s8") * _unpack(b, "s8")).sum(1) + c.view(np.int32)).astype(np.int32).view(np.uint32)
 
 
+def _add_pairs(a: Words, b: Words, c: Words) -> Words:
+    """Both halves of a by the two lowest bytes of b."""
+    return (
+        (a & np.uint32(0xFFFF)) * (b & np.uint32(0xFF))
+        + (a >> np.uint32(16)) * (b >> np.uint32(8) & np.uint32(0xFF))
+        + c
+    )
+
+
 INSTRUCTIONS: dict[str, Callable[..., Words]] = {
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
@@ -99,6 +108,7 @@ INSTRUCTIONS: dict[str, Callable[..., Words]] = {
     "add.s32": lambda a, b: a + b,
     "mul.lo.u32": lambda a, b: a * b,
     "dp4a.s32.s32": _add_bytes,
+    "dp2a.lo.u32.u32": _add_pairs,
     "setp.ne.u32": lambda a, b: a != b,
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "prmt.b32": _permute,
