@@ -9,7 +9,7 @@ from polar_bench.models import COLUMNS, ModelMeasurement, table
 def section(result: dict[str, Any], chart: str) -> str:
     """Markdown: a chart, a table a model, and where the time of an accelerated step goes."""
     lines = [
-        f"\n## Whole models, {result['gpu']}\n",
+        f"\n## {', '.join(dict.fromkeys(row['model'] for row in result['rows']))}, {result['gpu']}\n",
         _origin(result),
         f"{_weights(result)} Decoding is `generate`, of the plain model and after `accelerate`; "
         "tokens/s are of the whole batch, GB/s those at which the weights are read.",

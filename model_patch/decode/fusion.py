@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from model_patch.decode.own_forward import own_modules
+
 BACKEND = "inductor"
 _CLASSES = ("RMSNorm", "MLP")
 _FUNCTIONS = ("apply_rotary_pos_emb",)
@@ -37,10 +39,8 @@ def fused(model: PreTrainedModel) -> Iterator[None]:
 
 def regions(model: PreTrainedModel) -> list[tuple[Any, str]]:
     """Where the regions are: (class, "forward") and (module, function)."""
-    decoder = model.get_decoder()
-    file = sys.modules[type(decoder).__module__]
-    own = {type(module) for module in decoder.modules() if type(module).__module__ == file.__name__}
-    classes = [(kind, "forward") for kind in own if kind.__name__.endswith(_CLASSES)]
+    file = sys.modules[type(model.get_decoder()).__module__]
+    classes = [(kind, "forward") for kind in {type(module) for module in own_modules(model, _CLASSES)}]
     functions = [(file, name) for name in _FUNCTIONS if hasattr(file, name)]
     return sorted([*classes, *functions], key=lambda region: (region[1], region[0].__name__))
 

@@ -1,6 +1,5 @@
 """GatedDeltaNet layers that take a token by `delta_step`, in place of some twenty small kernels."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,24 +8,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from model_patch.decode.own_forward import own_forwards
+from model_patch.decode.own_forward import own_forwards, own_modules
 
 
 @contextmanager
 def delta_steps(model: PreTrainedModel) -> Iterator[None]:
     """The GatedDeltaNet layers of `model` that fit take one token at a time meanwhile; no other model's do."""
-    with own_forwards([(layer, step_forward(layer, layer.forward)) for layer in delta_layers(model) if fits(layer)]):
+    layers = [layer for layer in own_modules(model, "GatedDeltaNet") if fits(layer)]
+    with own_forwards([(layer, step_forward(layer, layer.forward)) for layer in layers]):
         yield
-
-
-def delta_layers(model: PreTrainedModel) -> list[Any]:
-    decoder = model.get_decoder()
-    file = sys.modules[type(decoder).__module__]
-    return [
-        module
-        for module in decoder.modules()
-        if type(module).__module__ == file.__name__ and type(module).__name__.endswith("GatedDeltaNet")
-    ]
 
 
 def fits(layer: Any) -> bool:

@@ -5,7 +5,6 @@ Only int8 products of few rows can be met half-way like this (`step_products`); 
 """
 
 import inspect
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from model_patch.decode.own_forward import own_forwards
+from model_patch.decode.own_forward import own_forwards, own_modules
 from model_patch.decode.step_products import Norm, group_of, multiply_normed, multiply_plain, norm_of, takes
 from polar_kernels import PolarGroup, PolarLinear
 
@@ -24,22 +23,12 @@ from polar_kernels import PolarGroup, PolarLinear
 @contextmanager
 def layer_steps(model: PreTrainedModel) -> Iterator[None]:
     """The decoder layers of `model` that fit take one token at a time meanwhile."""
-    steps = [(layer, step) for layer in decoder_layers(model) if (step := LayerStep.of(layer)) is not None]
+    steps = [(layer, step) for layer in own_modules(model, "DecoderLayer") if (step := LayerStep.of(layer)) is not None]
     forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
     for layer, step in steps:
         forwards += [(layer, step.forward), (step.out, step.project)]
     with own_forwards(forwards):
         yield
-
-
-def decoder_layers(model: PreTrainedModel) -> list[Any]:
-    decoder = model.get_decoder()
-    file = sys.modules[type(decoder).__module__].__name__
-    return [
-        module
-        for module in decoder.modules()
-        if type(module).__module__ == file and type(module).__name__.endswith("DecoderLayer")
-    ]
 
 
 class LayerStep:

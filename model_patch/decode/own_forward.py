@@ -1,10 +1,23 @@
-"""Modules with another forward for a while."""
+"""Modules of a model's own architecture, with another forward for a while."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
+
+
+def own_modules(model: PreTrainedModel, ending: str | tuple[str, ...]) -> list[Any]:
+    """The modules of the decoder whose class is in the decoder's own file, with a name that ends so."""
+    decoder = model.get_decoder()
+    file = sys.modules[type(decoder).__module__].__name__
+    return [
+        module
+        for module in decoder.modules()
+        if type(module).__module__ == file and type(module).__name__.endswith(ending)
+    ]
 
 
 @contextmanager

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from polar_kernels.hadamard import BLOCK_SIZE, padded_size
-from polar_kernels.kernels.quantize_activation import quantize_lanes, store_block
+from polar_kernels.kernels.quantize_activation import empty_words, quantize_lanes, store_block
 from polar_kernels.kernels.rotate_block import rotate_lanes
 from polar_kernels.tiles import LEVEL_STEP
 
@@ -91,9 +90,8 @@ def norm_quantize(
     where what the norm gives is to be written, if it is wanted.
     """
     rows, in_features = x.shape
-    blocks = padded_size(in_features) // BLOCK_SIZE
-    words = torch.empty(padded_rows, blocks * 32, dtype=torch.int32, device=x.device)
-    meta = torch.empty(blocks, padded_rows, 2, dtype=torch.float32, device=x.device)
+    words, meta = empty_words(padded_rows, in_features, x.device)
+    blocks = len(meta)
     _norm_quantize_kernel[(triton.cdiv(blocks, _WARPS), rows)](
         x_ptr=x,
         weight_ptr=weight,

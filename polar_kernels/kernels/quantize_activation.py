@@ -129,9 +129,8 @@ def quantize_activation(
     kernel that follows may read what was written before this one without waiting, and so starts only after that.
     """
     rows, in_features = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
-    blocks = padded_size(in_features) // BLOCK_SIZE
-    words = torch.empty(padded_rows, blocks * 32, dtype=torch.int32, device=x.device)
-    meta = torch.empty(blocks, padded_rows, 2, dtype=torch.float32, device=x.device)
+    words, meta = empty_words(padded_rows, in_features, x.device)
+    blocks = len(meta)
     _quantize_kernel[(triton.cdiv(blocks, _WARPS), rows)](
         x_ptr=x,
         scales_ptr=awq_scales,
@@ -150,3 +149,10 @@ def quantize_activation(
         launch_pdl=True,
     )
     return words, meta
+
+
+def empty_words(padded_rows: int, in_features: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the words and for (base, scale) of so many rows."""
+    blocks = padded_size(in_features) // BLOCK_SIZE
+    words = torch.empty(padded_rows, blocks * 32, dtype=torch.int32, device=device)
+    return words, torch.empty(blocks, padded_rows, 2, dtype=torch.float32, device=device)

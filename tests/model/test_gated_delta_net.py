@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, Qwen3_5TextConfig, Qwen3_5TextModel
 
-from model_patch.decode.gated_delta_net import delta_layers, delta_steps, fits
+from model_patch.decode.gated_delta_net import delta_steps, fits
+from model_patch.decode.own_forward import own_modules
 
 # key heads, value heads, key dim, value dim, width
 SHAPES = [(2, 2, 16, 16, 64), (2, 4, 32, 16, 96), (1, 3, 24, 40, 72)]
@@ -34,7 +35,7 @@ def make(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Pr
         linear_value_head_dim=value_dim,
     )
     model = Qwen3_5TextModel(config).eval().to(device)
-    for layer in delta_layers(model):
+    for layer in own_modules(model, "GatedDeltaNet"):
         nn.init.normal_(layer.conv1d.weight, std=0.5)
         nn.init.normal_(layer.dt_bias)
         nn.init.normal_(layer.norm.weight, mean=1.0, std=0.2)
@@ -59,7 +60,7 @@ def cache_name(layer: nn.Module) -> str:
 def run(model: PreTrainedModel, dtype: torch.dtype, rows: int, steps: int, fast: bool) -> list[torch.Tensor]:
     """Outputs of the layer, and its states at the end."""
     generator = torch.Generator().manual_seed(rows)
-    layer = delta_layers(model)[0]
+    layer = own_modules(model, "GatedDeltaNet")[0]
     width = layer.hidden_size
     x = torch.randn(rows, 5 + steps, width, generator=generator).to(model.device, dtype)
     cache = DynamicCache(config=model.config)
@@ -90,7 +91,7 @@ def test_projections_that_are_parts_of_one_product(device: torch.device, monkeyp
     """As those of a PolarGroup are: rows with others' columns between them."""
     model = make(SHAPES[1], device, torch.float32)
     plain = run(model, torch.float32, 3, 2, fast=True)
-    layer: Any = delta_layers(model)[0]
+    layer: Any = own_modules(model, "GatedDeltaNet")[0]
 
     def part(projection: nn.Module, before: int) -> None:
         multiply = projection.forward
@@ -122,7 +123,7 @@ def test_sixteen_bits(device: torch.device, shape: tuple[int, ...], dtype: torch
 
 def test_a_nan_stays_in_its_row(device: torch.device) -> None:
     model = make(SHAPES[0], device, torch.float32)
-    layer = delta_layers(model)[0]
+    layer = own_modules(model, "GatedDeltaNet")[0]
     cache = DynamicCache(config=model.config)
     name = cache_name(layer)
     x = torch.randn(2, 6, layer.hidden_size, device=device)
@@ -137,7 +138,7 @@ def test_a_nan_stays_in_its_row(device: torch.device) -> None:
 
 def test_forward_is_put_back(device: torch.device) -> None:
     model = make(SHAPES[0], device, torch.float32)
-    layer = delta_layers(model)[0]
+    layer = own_modules(model, "GatedDeltaNet")[0]
 
     def fail() -> None:
         with delta_steps(model):
@@ -156,13 +157,13 @@ def test_forward_is_put_back(device: torch.device) -> None:
 def test_other_models_keep_their_forward(device: torch.device) -> None:
     one, other = (make(SHAPES[0], device, torch.float32) for _ in range(2))
     with delta_steps(one):
-        assert "forward" not in delta_layers(other)[0].__dict__
+        assert "forward" not in own_modules(other, "GatedDeltaNet")[0].__dict__
 
 
 @pytest.mark.parametrize("change", ["activation", "conv bias", "gate bias", "gate kind", "norm kind", "norm dtype"])
 def test_layers_that_do_not_fit_keep_their_forward(device: torch.device, change: str) -> None:
     model = make(SHAPES[0], device, torch.float32)
-    layer: Any = delta_layers(model)[0]
+    layer: Any = own_modules(model, "GatedDeltaNet")[0]
     assert fits(layer)
     if change == "activation":
         layer.activation = "gelu"
@@ -184,7 +185,7 @@ def test_layers_that_do_not_fit_keep_their_forward(device: torch.device, change:
 @pytest.mark.parametrize("case", ["several tokens", "no cache", "past is recorded"])
 def test_what_is_no_step_goes_to_the_plain_forward(device: torch.device, case: str) -> None:
     model = make(SHAPES[0], device, torch.float32)
-    layer = delta_layers(model)[0]
+    layer = own_modules(model, "GatedDeltaNet")[0]
     x = torch.randn(2, 8, layer.hidden_size, device=device)
     found = []
     for fast in (False, True):

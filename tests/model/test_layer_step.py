@@ -11,7 +11,8 @@ from torch import nn
 from model_patch import patch_model
 from model_patch.decode import layer_step
 from model_patch.decode.gated_delta_net import delta_steps
-from model_patch.decode.layer_step import LayerStep, decoder_layers, layer_steps
+from model_patch.decode.layer_step import LayerStep, layer_steps
+from model_patch.decode.own_forward import own_modules
 from model_patch.decode.step_products import norm_of
 from model_patch.groups import group_projections
 from polar_kernels import PolarLinear
@@ -66,7 +67,7 @@ def test_logits(zoo: Any, relative_error: Any, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(layer_step, "multiply_normed", fused)
     plain, fast = (decode(model, rows, way) for way in (False, True))
     sites = 1 if name in EXPERTS else 2
-    assert fused.call_count == sites * len(decoder_layers(model))
+    assert fused.call_count == sites * len(own_modules(model, "DecoderLayer"))
     exact = decode(model.to(torch.float32), rows, False)
     bound = 1.5 * relative_error(plain, exact) if model.device.type == "cuda" else 0.06
     assert 0 < relative_error(fast, exact) < bound
@@ -74,14 +75,16 @@ def test_logits(zoo: Any, relative_error: Any, monkeypatch: pytest.MonkeyPatch, 
 
 def test_layers_that_fit(zoo: Any) -> None:
     model = quantized(zoo, "qwen3_5_text")
-    layers = decoder_layers(model)
+    layers = own_modules(model, "DecoderLayer")
     assert len(layers) == model.config.num_hidden_layers
     assert all(LayerStep.of(layer) is not None for layer in layers)
     own = [layer.forward for layer in layers]
     with layer_steps(model):
         assert all("forward" in layer.__dict__ for layer in layers)
     assert [layer.forward for layer in layers] == own
-    assert all(LayerStep.of(layer) is None for layer in decoder_layers(zoo.model("qwen3_5_text", torch.bfloat16)))
+    assert all(
+        LayerStep.of(layer) is None for layer in own_modules(zoo.model("qwen3_5_text", torch.bfloat16), "DecoderLayer")
+    )
 
 
 @torch.no_grad()
@@ -98,7 +101,10 @@ def test_exact_layers_and_longer_inputs_keep_their_own_forward(zoo: Any) -> None
 
 
 def test_what_is_taken_for_a_norm(zoo: Any) -> None:
-    centered = [norm_of(decoder_layers(zoo.model(name, torch.bfloat16))[0].input_layernorm) for name in ARCHITECTURES]
+    centered = [
+        norm_of(own_modules(zoo.model(name, torch.bfloat16), "DecoderLayer")[0].input_layernorm)
+        for name in ARCHITECTURES
+    ]
     assert [norm.centered for norm in centered if norm] == [False, True, False, True]
     assert norm_of(nn.LayerNorm(64, dtype=torch.bfloat16)) is None
     assert norm_of(PolarLinear(64, 64)) is None

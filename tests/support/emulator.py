@@ -3,6 +3,8 @@
 import ctypes
 import re
 from collections.abc import Callable
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 import numpy as np
@@ -10,17 +12,8 @@ import pytest
 import torch
 import triton.language as tl
 
-from polar_kernels.kernels import (
-    int8_wgmma,
-    norm_quantize,
-    ptx,
-    quantize_activation,
-    quantize_chunks,
-    quantize_grouped,
-    requantize_tiles,
-    rotate_activation,
-    tiled_experts,
-)
+from polar_kernels import kernels
+from polar_kernels.kernels import ptx
 
 Words = np.ndarray  # uint32, one a thread
 
@@ -217,16 +210,8 @@ class Emulator:
 def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let all kernels run in the interpreter, one after the other."""
     monkeypatch.setattr(ptx.tl, "inline_asm_elementwise", Emulator())
-    for module in (
-        int8_wgmma,
-        norm_quantize,
-        quantize_activation,
-        quantize_chunks,
-        quantize_grouped,
-        requantize_tiles,
-        rotate_activation,
-        tiled_experts,
-    ):
+    for found in iter_modules(kernels.__path__, "polar_kernels.kernels."):
+        module = import_module(found.name)
         for name in ("gdc_wait", "gdc_launch_dependents"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, lambda: None)
