@@ -60,6 +60,8 @@ class LayerStep:
         )
         if group is None or not isinstance(out, PolarLinear) or before is None or after is None:
             return None
+        if not hasattr(layer, "mlp"):
+            return None
         return cls(layer, mixer, group, out, (before, after))
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
