@@ -104,7 +104,16 @@ class PolarQuantConfig(QuantizationConfigMixin):
 
 
 def matches(pattern: str, name: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(canonical(name), canonical(pattern))
+    """Whether a pattern means the module `name`, whatever prefix either has for the language model of others.
+
+    A wildcard that follows a prefix stays below it: "model.*" does not mean the head beside the model.
+    """
+    if fnmatchcase(name, pattern):
+        return True
+    short, rest = canonical(name), canonical(pattern)
+    if rest != pattern and short == name and any(sign in rest.partition(".")[0] for sign in "*?["):
+        return False
+    return fnmatchcase(short, rest)
 
 
 def _pair_experts(plan: LayerPlan) -> LayerPlan:

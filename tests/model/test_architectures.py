@@ -168,6 +168,8 @@ def test_sites_hold_only_what_is_quantised() -> None:
         (["*.mlp.*"], MLP),
         (["*.layers.0.mlp.*"], MLP),  # of the whole name, whose prefix the pattern's `*` stands for
         (["layers.0.self_attn.[qk]_proj", "lm_*"], [*ATTENTION[:2], HEAD]),
+        (["model.*"], [EMBEDDING, *ATTENTION, *MLP]),  # the head is beside the model
+        (["model.language_model.lm_head"], [HEAD]),
     ],
 )
 def test_excluded_patterns(patterns: list[str], excluded: list[str]) -> None:
