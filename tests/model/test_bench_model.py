@@ -247,7 +247,7 @@ def test_a_model_and_a_config_are_not_taken_together() -> None:
 
 
 @pytest.mark.usefixtures("_few_tokens")
-@pytest.mark.parametrize("named", [[str(MODEL)], [str(MODEL), "--random"]])
+@pytest.mark.parametrize("named", [[str(MODEL), "--no-plain"], [str(MODEL), "--random"]])
 def test_command(tmp_path, named: list[str]) -> None:
     args = ["bench", "model", *named, "--quick", "--dtype", "float32", "--device", "cpu", "--json"]
     result = CliRunner().invoke(app, [*args, "--out", str(tmp_path), "--document", str(tmp_path / "benchmarks.md")])

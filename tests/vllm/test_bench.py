@@ -23,6 +23,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Qwen3_5TextConfig:
     return Qwen3_5TextConfig(**sizes, **heads, **linear, **kinds, tie_word_embeddings=False)
 
 
+@pytest.mark.all_of_vllm
 def test_the_engine_computes_what_transformers_does(config: Qwen3_5TextConfig, tmp_path: Path) -> None:
     device = torch.device("cpu")
     vllm_engine.write_random(vllm_engine.engine_config(config), 5, device, tmp_path)
