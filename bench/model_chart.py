@@ -6,14 +6,19 @@ from typing import Any
 from polar_bench.models import ModelMeasurement
 
 
-def draw(result: dict[str, Any], path: Path) -> bool:
-    """Write the chart, bars a provider at each context and batch; whether there was anything to draw."""
+def charted(result: dict[str, Any]) -> list[ModelMeasurement]:
+    """What the chart shows: without any of it there is none."""
+    rows = [ModelMeasurement(**row) for row in result["rows"]]
+    return [row for row in rows if row.phase == "decode" and row.provider.endswith("accelerated")]
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Write the chart, bars a provider at each context and batch."""
     from matplotlib.figure import Figure
 
-    rows = [ModelMeasurement(**row) for row in result["rows"]]
-    decoded = [row for row in rows if row.phase == "decode" and row.provider.endswith("accelerated")]
+    decoded = charted(result)
     if not decoded:
-        return False
+        return
     several = len({row.model for row in decoded}) > 1
     names = list(dict.fromkeys(_name(row, several) for row in decoded))
     points = sorted({(row.batch, row.context) for row in decoded})
@@ -33,7 +38,6 @@ def draw(result: dict[str, Any], path: Path) -> bool:
         axes.legend()
     figure.suptitle(f"Accelerated decoding, {result['gpu']}")
     figure.savefig(path, dpi=120)
-    return True
 
 
 def _name(row: ModelMeasurement, several: bool) -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from polar_bench import vllm_engine, vllm_layers
+from polar_bench.model_chart import charted
 from polar_bench.models import COLUMNS, ModelMeasurement, table
 
 
@@ -15,7 +16,7 @@ def section(result: dict[str, Any], chart: str) -> str:
         "tokens/s are of the whole batch, GB/s those at which the weights are read.",
     ]
     rows = [ModelMeasurement(**row) for row in result["rows"]]
-    if any(row.phase == "decode" and row.provider.endswith("accelerated") for row in rows):
+    if charted(result):
         lines.append(f"\n![accelerated decoding]({chart})")
     for model in dict.fromkeys(row.model for row in rows):
         lines += [f"\n### {model}\n", *_markdown(COLUMNS, table([row for row in rows if row.model == model]))]

@@ -166,6 +166,8 @@ def vllm(
     from polar_bench.random_model import model_config
 
     check_results(out, document, charts=False)
+    if quick and not engine:
+        raise ConfigError("--quick goes with --engine: without it, all is done in less than a minute")
     if engine:
         _engine(config, bits, quick, out, document, as_json)
         return

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from model_patch.cli.app import app
 from model_patch.demo import MODEL
-from model_patch.errors import UnsupportedModelError
+from model_patch.errors import ConfigError, UnsupportedModelError
 from model_patch.load import load_model
 
 ROW = EngineMeasurement("polar 5-bit", 8, 5_000_000_000, 0.02, 1600.0, 10.0, 2.0, 60.0)
@@ -117,3 +117,9 @@ def test_without_vllm_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     result = CliRunner().invoke(app, ["bench", "vllm", "--engine"])
     assert result.exit_code == 1
     assert "pip install vllm" in str(result.exception)
+
+
+def test_quick_goes_with_the_engine() -> None:
+    result = CliRunner().invoke(app, ["bench", "vllm", "--quick"])
+    assert isinstance(result.exception, ConfigError)
+    assert "--quick goes with --engine" in str(result.exception)
