@@ -9,8 +9,8 @@ Not for Triton's interpreter, which runs no assembly.
 import triton
 import triton.language as tl
 
-_LOAD_STREAM = tl.constexpr("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];")
-_LOAD_STREAM_TWO = tl.constexpr("ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {$0, $1}, [$2];")
+_LOAD_STREAM = tl.constexpr("ld.global.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];")
+_LOAD_STREAM_TWO = tl.constexpr("ld.global.L1::no_allocate.L2::128B.v2.b32 {$0, $1}, [$2];")
 _LOAD_CACHED = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
 _LOAD_CACHED_TWO = tl.constexpr("ld.global.v2.b32 {$0, $1}, [$2];")
 _MMA_S8 = tl.constexpr(
@@ -39,7 +39,7 @@ _SWAP_LANES = tl.constexpr("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;")
 
 @triton.jit
 def load_stream(pointer):
-    """Four words that are read once: past L1, and free to be moved before a wait."""
+    """Four words that are read once: past L1. No `.nc`: ptxas moves such a load behind a wait that it stands before."""
     return tl.inline_asm_elementwise(
         _LOAD_STREAM, "=r,=r,=r,=r,l", [pointer.to(tl.int64)], (tl.int32, tl.int32, tl.int32, tl.int32), True, 1
     )
