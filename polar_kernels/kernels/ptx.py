@@ -35,6 +35,7 @@ _STORE = tl.constexpr(
 )
 _STORE_TWO = tl.constexpr("{ .reg .pred p; setp.ne.u32 p, $4, 0; mov.b32 $0, 0; @p st.global.v2.b32 [$1], {$2, $3}; }")
 _SWAP_LANES = tl.constexpr("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;")
+_READ_LANE = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;")
 
 
 @triton.jit
@@ -90,6 +91,12 @@ def wait_for_previous_kernel(thread):
 def swap_lanes(x, distance):
     """x of the lane whose number differs by the bit `distance`."""
     return tl.inline_asm_elementwise(_SWAP_LANES, "=f,f,r", [x, distance], tl.float32, True, 1)
+
+
+@triton.jit
+def read_lane(x, lane):
+    """x of that lane of the warp."""
+    return tl.inline_asm_elementwise(_READ_LANE, "=f,f,r", [x, lane], tl.float32, True, 1)
 
 
 @triton.jit
