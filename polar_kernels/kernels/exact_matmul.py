@@ -1,12 +1,12 @@
-"""The product for few rows that is exact but for roundings below those of x's dtype: `int8_matmul` in two planes.
+"""The product for few rows that is exact but for what rounding to fp16 costs many times over: `int8_matmul` in planes.
 
-Levels are 14 bits and a sign, x in the rotated domain 16 bits of one scale a block, and either is two planes of int8, so
-that products stay in integers. A warp multiplies one tile (32 rows x one 128-block) by 4 rows of x at a time: the two
-planes of a row are neighbouring columns of the eight that the tensor cores take, and the planes of a weight are
-multiplied one after the other. So the four products of planes are in one lane, which adds them up as floats.
+Levels are a sign and 14 bits, and x, in the rotated domain, 16 bits of one scale a block. Either is two planes of int8,
+whose products are integers. A warp multiplies one tile (32 rows x one 128-block) by 4 rows of x at a time: of the eight
+columns that the tensor cores take, two are the planes of a row of x, side by side, so that one lane has all four
+products of planes. It adds them up as floats.
 
-Decoding costs half as much again as to int8, and is what bounds the larger shapes: fp16 or bf16, whose bytes would
-have to be put beside each other, twice as much.
+Decoding costs half as much again as to int8, and is what bounds the larger shapes. To fp16 or bf16 it would cost twice
+as much, since bytes that are looked up apart have to be put together.
 """
 
 import torch
@@ -27,9 +27,9 @@ _LEVELS = tl.constexpr(PLANE_LEVELS)
 
 @triton.jit
 def _multiply_decoding(w0, w1, signs0, signs1, levels, x, start, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """16 rows by 128 columns times GROUPS groups of 4 rows of x, decoded as they are multiplied: for each group the four
-    sums of the high plane and those of the low one, as bits of 12582912 + sum. start: of x's high plane in the latter.
-    """
+    """16 rows by 128 columns times GROUPS groups of 4 rows of x, decoded as they are multiplied: four sums a group with
+    the high plane, and four with the low one, as bits of 12582912 + sum. start: where the latter with x's high plane
+    start."""
     begin = tl.full(signs0.shape, 0x4B400000, tl.int32)
     high = ()
     low = ()
@@ -54,7 +54,7 @@ def _multiply_decoding(w0, w1, signs0, signs1, levels, x, start, WIDTH: tl.const
 
 @triton.jit
 def _decode_half_tile(w0, w1, signs0, signs1, levels, WIDTH: tl.constexpr):
-    """16 rows by 128 columns: for each of four steps of 32 columns the fragments of the high plane, and of the low one."""
+    """The A fragments of 16 rows by 128 columns, the high plane's and the low one's: for each of four steps."""
     high = ()
     low = ()
     for s in tl.static_range(4):
@@ -67,7 +67,7 @@ def _decode_half_tile(w0, w1, signs0, signs1, levels, WIDTH: tl.constexpr):
 
 @triton.jit
 def _multiply_plane(a, x0, x1, even, odd):
-    """One plane of those times 4 rows of x: four sums, as above; even, odd: where those of x's planes start."""
+    """One plane of those times 4 rows of x: four sums, as above; even, odd: where those with x's two planes start."""
     c = (even, odd, even, odd)
     for s in tl.static_range(4):
         y = x0 if s < 2 else x1
@@ -162,15 +162,17 @@ def _exact_matmul_kernel(
             h0, l0 = _decode_half_tile(tile[0], tile[1], tile[4][0], tile[4][1], levels, WIDTH)
             h1, l1 = _decode_half_tile(tile[2], tile[3], tile[4][2], tile[4][3], levels, WIDTH)
             tile = load_tile(tiles_ptr, following, lane, WIDTH)
+            # Again from the L1, so that the table takes no registers beside x.
             levels = load_cached(levels_ptr) + load_cached(levels_ptr + 4)
-            PART: tl.constexpr = 4
-            for part in range(GROUPS // PART):
+            # Four groups at a time, by a loop: of eight at once ptxas would load x so early that it spills. The sums that
+            # are yet to come move to the front.
+            for _part in range(GROUPS // 4):
                 added = ()
                 below = ()
-                for group in tl.static_range(GROUPS - PART):
-                    added = added + (upper[2 * (group + PART)], upper[2 * (group + PART) + 1])
-                    below = below + (lower[2 * (group + PART)], lower[2 * (group + PART) + 1])
-                for group in tl.static_range(PART):
+                for group in tl.static_range(GROUPS - 4):
+                    added = added + (upper[2 * group + 8], upper[2 * group + 9])
+                    below = below + (lower[2 * group + 8], lower[2 * group + 9])
+                for group in tl.static_range(4):
                     words = x_at + group * blocks * 256
                     x0 = load_cached(words)
                     x1 = load_cached(words + 4)
@@ -183,8 +185,8 @@ def _exact_matmul_kernel(
                     below = below + _add_planes((lower[2 * group], lower[2 * group + 1]), u, v, (meta,), n2, n3, 1)
                 upper = added
                 lower = below
-                x_at += PART * blocks * 256
-                meta_at += PART * 16
+                x_at += blocks * 1024
+                meta_at += 64
     sums = ()
     for group in tl.static_range(GROUPS):
         sums = sums + (upper[2 * group], upper[2 * group + 1], lower[2 * group], lower[2 * group + 1])

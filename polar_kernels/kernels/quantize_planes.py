@@ -96,10 +96,10 @@ def quantize_planes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] contiguous -> words int32 [2 Mp, Kp / 4] and four fp32 [Kp / 128, Mp, 4].
 
-    Those are what the product of both high planes is worth, what that of the levels' high plane and x's low one is, what
-    to add for all accumulators having started at 0x4B400000, and, as bits, what the product of the levels' low plane
-    and x's high one has to start at instead. table: `tiles.level_table`. padded_rows: Mp, at least M. Rows beyond M are
-    left unwritten: each column of the product depends on its own row.
+    Those are what a unit is worth of the product of both high planes, and of the levels' high plane with x's low one;
+    what to add for all sums having started at 12582912; and where the sum of the levels' low plane with x's high one
+    has to start instead. table: `tiles.level_table`. padded_rows: Mp, at least M. Rows beyond M are left unwritten:
+    each column of the product depends on its own row.
     """
     rows, in_features = x.shape
     blocks = padded_size(in_features) // BLOCK_SIZE
