@@ -2,7 +2,7 @@
 
 As `decode_int8` does it, whose tricks with signs and with magnitudes from 8 on work for both planes, since neither
 byte of a level has its top bit set. They share the masks of signs and all that is done to a word itself. Of what runs
-at half the rate, permutes and logic, that is 15 instructions for eight weights, of width 4 13.
+at half the rate, permutes and logic, that is 15 instructions for eight weights, of width 4 11.
 """
 
 import triton

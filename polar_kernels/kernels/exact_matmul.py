@@ -164,8 +164,8 @@ def _exact_matmul_kernel(
             tile = load_tile(tiles_ptr, following, lane, WIDTH)
             # Again from the L1, so that the table takes no registers beside x.
             levels = load_cached(levels_ptr) + load_cached(levels_ptr + 4)
-            # Four groups at a time, by a loop: of eight at once ptxas would load x so early that it spills. The sums that
-            # are yet to come move to the front.
+            # Four groups at a time, by a loop: of eight at once ptxas would load x so early that it spills. The sums
+            # that are yet to come move to the front.
             for _part in range(GROUPS // 4):
                 added = ()
                 below = ()
