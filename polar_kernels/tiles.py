@@ -26,7 +26,9 @@ from polar_kernels.packing import pack_valid_codes, unpack_codes
 TILE_ROWS = 32
 PLANE_WORDS = 128
 _LANES, _LANE_WORDS = 32, 4
-FP16_LEVELS, BF16_LEVELS, LEVEL_STEP, LEVEL_WORDS = 4, 12, 20, 24  # where things are in a `level_table`
+# Where things are in a `level_table`.
+FP16_LEVELS, BF16_LEVELS, LEVEL_STEP, PLANE_STEP, PLANE_LEVELS, LEVEL_WORDS = 4, 12, 20, 21, 24, 32
+LEVEL_HALVES = 64.5  # what the complement of both of its bytes leaves of a level in two planes
 _CHUNK_TILES = 1 << 9  # rearranged at a time; keeps the temporaries under 100 MB
 
 
@@ -163,15 +165,18 @@ def level_table(centroids: torch.Tensor) -> torch.Tensor:
     """The words a kernel decodes with: int32 [LEVEL_WORDS].
 
     0..3: the positive levels, 16 at most, as bytes v, four a word, level ~ (v + 1/2) * delta; from FP16_LEVELS and
-    BF16_LEVELS: four words of the low and four of the high bytes of the levels in that type; LEVEL_STEP: delta's bits.
+    BF16_LEVELS: four words of the low and four of the high bytes of the levels in that type; LEVEL_STEP: delta's bits;
+    from PLANE_LEVELS: four words of the h and four of the l of `plane_levels`, and PLANE_STEP its delta's bits.
     Raises ArgumentError for a table that the layout cannot hold.
     """
     if not is_tileable(centroids):
         raise ArgumentError("the tile layout needs an odd-symmetric table of 4 to 32 levels")
     positive = centroids[centroids.numel() // 2 :].cpu()
     steps, delta = half_integer_levels(positive)
-    tail = torch.tensor([delta, 0, 0, 0], dtype=torch.float32).view(torch.int32)
-    words = [_bytes_to_words(steps), *_split_bytes(positive.half()), *_split_bytes(positive.bfloat16()), tail]
+    high, low, plane_delta = plane_levels(positive)
+    deltas = torch.tensor([delta, plane_delta, 0, 0], dtype=torch.float32).view(torch.int32)
+    halves = (*_split_bytes(positive.half()), *_split_bytes(positive.bfloat16()))
+    words = [_bytes_to_words(steps), *halves, deltas, _bytes_to_words(high), _bytes_to_words(low)]
     return torch.cat(words).to(centroids.device)
 
 
@@ -189,14 +194,33 @@ def is_tileable(centroids: torch.Tensor) -> bool:
 def half_integer_levels(positive: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Bytes v int32 in 0..127 and the step delta for which (v + 1/2) * delta is closest to the positive levels.
 
-    Closest: smallest squared error under N(0, 1). Half-integers make the bitwise complement an exact negation.
+    Half-integers make the bitwise complement an exact negation.
+    """
+    return _closest_steps(positive, 0.5, 127)
+
+
+def plane_levels(positive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Bytes h, l int32 in 0..127 and the delta for which (128 h + l + LEVEL_HALVES) * delta is closest to the levels.
+
+    The complement of both bytes is an exact negation: 128 (-h - 1) + (-l - 1) + 64.5 = -(128 h + l + 64.5). A level is
+    off by 1 / 25000 of the largest at most; none can be below 1 / 255 of it.
+    """
+    steps, delta = _closest_steps(positive, LEVEL_HALVES, (1 << 14) - 1)
+    return steps >> 7, steps & 127, delta
+
+
+def _closest_steps(positive: torch.Tensor, offset: float, most: int) -> tuple[torch.Tensor, float]:
+    """Integers v in 0..most and delta for which (v + offset) * delta is closest to the levels.
+
+    Closest: smallest squared error under N(0, 1).
     """
     levels = positive.double()
     edges = torch.cat([levels.new_zeros(1), (levels[1:] + levels[:-1]) / 2, levels.new_full((1,), torch.inf)])
     mass = torch.special.ndtr(edges[1:]) - torch.special.ndtr(edges[:-1])
-    steps = levels[-1] / torch.linspace(100.0, 127.5, 4001, dtype=torch.float64)  # candidates for delta
-    values = (levels / steps[:, None] - 0.5).round().clamp(0, 127)
-    errors = (((values + 0.5) * steps[:, None] - levels).square() * mass).sum(1)
+    largest = most + offset
+    steps = levels[-1] / torch.linspace(largest / 1.275, largest, 4001, dtype=torch.float64)  # candidates for delta
+    values = (levels / steps[:, None] - offset).round().clamp(0, most)
+    errors = (((values + offset) * steps[:, None] - levels).square() * mass).sum(1)
     best = int(errors.argmin())
     return values[best].int(), float(steps[best])
 

@@ -31,9 +31,7 @@ DType = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU by default."),
 ]
-Exact = Annotated[
-    bool, typer.Option("--exact", help="Keep activations in their dtype where a GPU would take them in int8.")
-]
+Exact = Annotated[bool, typer.Option("--exact", help="Do not round activations to int8 where a GPU would.")]
 Accelerated = Annotated[
     bool | None,
     typer.Option("--accelerated/--plain", help="Decode by CUDA graphs, or by transformers alone; graphs on a GPU."),

@@ -12,66 +12,55 @@ from polar_kernels.kernels.ptx import sum_lanes
 ROW_GROUP = 8  # rows of x the tensor cores take at a time
 
 
-def _reduce(warps: int) -> tuple[str, str]:
-    """PTX: the sum of 8 values a thread over `warps` neighbouring warps, and its constraints.
+@triton.constexpr_function
+def _reduce(warps: int, values: int) -> str:
+    """PTX: the sum of 4 or 8 values a thread over `warps` neighbouring warps.
 
-    $0..: the 8 / warps sums (at least one) that fall to this warp; then the 8 values, the thread, the scratch address.
+    $0..: the values / warps sums (at least one) that fall to this warp; then the values, the thread, the scratch
+    address.
     """
-    outs = max(1, 8 // warps)
-    thread, base = f"${outs + 8}", f"${outs + 9}"
+    outs = max(1, values // warps)
+    size = 128 * values
+    thread, base = f"${outs + values}", f"${outs + values + 1}"
     code = [
         "{ .reg .u32 lane, warp, own, first, p; .reg .f32 v;",
         f"and.b32 lane, {thread}, 31; shr.u32 warp, {thread}, 5;",
-        f"mad.lo.u32 p, warp, 1024, {base}; mad.lo.u32 p, lane, 4, p;",
-        *(f"st.shared.f32 [p+{128 * e}], ${outs + e};" for e in range(8)),
+        f"mad.lo.u32 p, warp, {size}, {base}; mad.lo.u32 p, lane, 4, p;",
+        *(f"st.shared.f32 [p+{128 * e}], ${outs + e};" for e in range(values)),
         "bar.sync 0;",
-        f"and.b32 own, warp, {warps - 1}; sub.u32 first, warp, own; and.b32 own, own, {8 // outs - 1};",
-        f"mad.lo.u32 p, first, 1024, {base}; mad.lo.u32 p, lane, 4, p; mad.lo.u32 p, own, {128 * outs}, p;",
+        f"and.b32 own, warp, {warps - 1}; sub.u32 first, warp, own; and.b32 own, own, {values // outs - 1};",
+        f"mad.lo.u32 p, first, {size}, {base}; mad.lo.u32 p, lane, 4, p; mad.lo.u32 p, own, {128 * outs}, p;",
     ]
     for out in range(outs):
         code.append(f"ld.shared.f32 ${out}, [p+{128 * out}];")
-        code += [f"ld.shared.f32 v, [p+{128 * out + 1024 * w}]; add.f32 ${out}, ${out}, v;" for w in range(1, warps)]
+        code += [f"ld.shared.f32 v, [p+{128 * out + size * w}]; add.f32 ${out}, ${out}, v;" for w in range(1, warps)]
     code.append("bar.sync 0; }")
-    return " ".join(code), ",".join(["=&f"] * outs + ["f"] * 8 + ["r", "r"])
+    return " ".join(code)
 
 
-_REDUCE_4, _REDUCE_8, _REDUCE_16 = (tl.constexpr(_reduce(warps)) for warps in (4, 8, 16))
-_SCRATCH_4, _SCRATCH_8, _SCRATCH_16 = (
-    tl.constexpr(f"{{ .shared .align 16 .b8 sums[{1024 * warps}]; mov.u32 $0, sums; }} // $1") for warps in (4, 8, 16)
-)
+@triton.constexpr_function
+def _reduce_constraints(warps: int, values: int) -> str:
+    return ",".join(["=&f"] * max(1, values // warps) + ["f"] * values + ["r", "r"])
 
 
-@triton.jit
-def _sum_warps(sums, group: tl.constexpr, thread, scratch, WARPS: tl.constexpr):
-    values = [
-        sums[8 * group],
-        sums[8 * group + 1],
-        sums[8 * group + 2],
-        sums[8 * group + 3],
-        sums[8 * group + 4],
-        sums[8 * group + 5],
-        sums[8 * group + 6],
-        sums[8 * group + 7],
-        thread,
-        scratch,
-    ]
-    if WARPS == 4:
-        return tl.inline_asm_elementwise(_REDUCE_4[0], _REDUCE_4[1], values, (tl.float32, tl.float32), False, 1)
-    elif WARPS == 8:
-        return (tl.inline_asm_elementwise(_REDUCE_8[0], _REDUCE_8[1], values, tl.float32, False, 1),)
-    else:
-        return (tl.inline_asm_elementwise(_REDUCE_16[0], _REDUCE_16[1], values, tl.float32, False, 1),)
+@triton.constexpr_function
+def _scratch_code(warps: int, values: int) -> str:
+    """PTX: $0 = address of shared memory for so many values a thread of so many warps."""
+    return f"{{ .shared .align 16 .b8 sums[{128 * values * warps}]; mov.u32 $0, sums; }} // $1"
 
 
 @triton.jit
-def _scratch(thread, WARPS: tl.constexpr):
-    """Address of shared memory for the sums of WARPS warps."""
-    if WARPS == 4:
-        return tl.inline_asm_elementwise(_SCRATCH_4, "=r,r", [thread], tl.int32, False, 1)
-    elif WARPS == 8:
-        return tl.inline_asm_elementwise(_SCRATCH_8, "=r,r", [thread], tl.int32, False, 1)
+def _sum_warps(sums, group: tl.constexpr, thread, scratch, WARPS: tl.constexpr, VALUES: tl.constexpr):
+    values = ()
+    for i in tl.static_range(VALUES):
+        values = values + (sums[VALUES * group + i],)
+    values = values + (thread, scratch)
+    code: tl.constexpr = _reduce(WARPS, VALUES)
+    constraints: tl.constexpr = _reduce_constraints(WARPS, VALUES)
+    if WARPS < VALUES:
+        return tl.inline_asm_elementwise(code, constraints, values, (tl.float32, tl.float32), False, 1)
     else:
-        return tl.inline_asm_elementwise(_SCRATCH_16, "=r,r", [thread], tl.int32, False, 1)
+        return (tl.inline_asm_elementwise(code, constraints, values, tl.float32, False, 1),)
 
 
 @triton.jit
@@ -87,19 +76,29 @@ def store_band(
     WARPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    PLANES: tl.constexpr = False,
 ):
-    """Add up over the WARPS warps of the program, add the bias, round, add the residual [M, N], and store."""
+    """Add up over the WARPS warps of the program, add the bias, round, add the residual [M, N], and store.
+
+    GROUPS: groups of the tensor cores' columns. PLANES: a thread holds 4 sums for each, times row q of 4 rows of x.
+    """
     lane = thread % 32
     warp = thread // 32
-    scratch = _scratch(thread, WARPS)
-    SHARE: tl.constexpr = 2 if WARPS == 4 else 1
-    for group in tl.static_range(GROUPS):
-        share = _sum_warps(sums, group, thread, scratch, WARPS)
+    VALUES: tl.constexpr = 4 if PLANES and GROUPS == 1 else 8
+    PARTS: tl.constexpr = GROUPS // 2 if PLANES and GROUPS > 1 else GROUPS
+    SHARE: tl.constexpr = 2 if WARPS < VALUES else 1
+    scratch = tl.inline_asm_elementwise(_scratch_code(WARPS, VALUES), "=r,r", [thread], tl.int32, False, 1)
+    for part in tl.static_range(PARTS):
+        share = _sum_warps(sums, part, thread, scratch, WARPS, VALUES)
         for i in tl.static_range(SHARE):
-            index = warp % (8 // SHARE) * SHARE + i
-            column = group * 8 + 2 * (lane % 4) + index % 2
-            row = tl.program_id(0) * 32 + index // 2 * 8 + lane // 4
-            keep = (column < M) & (row < N) & (warp < 8)
+            index = warp % (VALUES // SHARE) * SHARE + i
+            if PLANES:
+                column = part * 8 + index // 4 * 4 + lane % 4
+                row = tl.program_id(0) * 32 + index % 4 * 8 + lane // 4
+            else:
+                column = part * 8 + 2 * (lane % 4) + index % 2
+                row = tl.program_id(0) * 32 + index // 2 * 8 + lane // 4
+            keep = (column < M) & (row < N) & (warp < VALUES)
             y = share[i]
             if HAS_BIAS:
                 y += tl.load(bias_ptr + row, mask=keep, other=0.0).to(tl.float32)

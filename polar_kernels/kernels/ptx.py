@@ -34,6 +34,7 @@ _STORE = tl.constexpr(
     "{ .reg .pred p; setp.ne.u32 p, $6, 0; mov.b32 $0, 0; @p st.global.v4.b32 [$1], {$2, $3, $4, $5}; }"
 )
 _STORE_TWO = tl.constexpr("{ .reg .pred p; setp.ne.u32 p, $4, 0; mov.b32 $0, 0; @p st.global.v2.b32 [$1], {$2, $3}; }")
+_HIDDEN_ZERO = tl.constexpr("{ .reg .b32 t; shfl.sync.bfly.b32 t, $1, 0, 0x1f, 0xffffffff; shr.u32 $0, t, 5; }")
 _SWAP_LANES = tl.constexpr("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;")
 _READ_LANE = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;")
 
@@ -85,6 +86,13 @@ def mma_s8(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
 def wait_for_previous_kernel(thread):
     """Zero, once the kernel before has written its results. What is added to it cannot be read earlier."""
     return tl.inline_asm_elementwise(_WAIT, "=r,r", [thread], tl.int32, False, 1)
+
+
+@triton.jit
+def hidden_zero(lane):
+    """Zero, of which ptxas cannot tell that all threads have the same: what they load from one address it would keep in
+    uniform registers, and copy before each use."""
+    return tl.inline_asm_elementwise(_HIDDEN_ZERO, "=r,r", [lane], tl.int32, True, 1)
 
 
 @triton.jit

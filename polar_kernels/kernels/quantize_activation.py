@@ -31,7 +31,7 @@ def quantize_block(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES: tl
 @triton.jit
 def quantize_lanes(x0, x1, x2, x3, delta):
     """The same of a block that is rotated and in registers."""
-    peak = max_lanes(_max(_max(tl.abs(x0), tl.abs(x1)), _max(tl.abs(x2), tl.abs(x3))), 5)
+    peak = max_lanes(largest_of_four(x0, x1, x2, x3), 5)
     inverse, scale = scales_of_peak(peak, delta)
     q0 = _round(x0 * inverse)
     q1 = _round(x1 * inverse)
@@ -92,6 +92,12 @@ def base_of(half, scale):
     little more than a unit of the integer product: nothing beside the rounding of x.
     """
     return half - _ROUND * scale
+
+
+@triton.jit
+def largest_of_four(x0, x1, x2, x3):
+    """Their largest magnitude, NaN where any is."""
+    return _max(_max(tl.abs(x0), tl.abs(x1)), _max(tl.abs(x2), tl.abs(x3)))
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 | rows of x | int8 | exact |
 |---|---|---|
-| 1 to 32, to 64 of a small weight | int8_matmul | exact_matmul, 16 at a time, to 48 |
+| 1 to 32, to 64 of a small weight | int8_matmul | exact_matmul, 32 at a time, to 64 |
 | to 768, to 256 of a tiny weight, to 2048 where K is no multiple of 512, on Hopper | int8_wgmma | dense |
 | more, of a weight that is not tiny, K a multiple of 512, on Hopper | int8_dense | dense |
 | else | dense | dense |
@@ -27,7 +27,7 @@ from polar_kernels.kernels.tile_dequantize import dequantize_tiles
 from polar_kernels.tiles import TILE_ROWS, untile_weight
 
 # Rows of x up to which a kernel is the fastest, from times on an H200, and on an H100 where wgmma is concerned.
-_EXACT_ROWS = 3 * exact_matmul.MAX_ROWS
+_EXACT_ROWS = 2 * exact_matmul.MAX_ROWS
 NARROW_ROWS = 32  # int8_matmul; twice as many where the weight is small: has at most so many tiles
 _SMALL_TILES = 4096
 _WGMMA_ROWS, _ODD_WGMMA_ROWS = 768, 2048  # the latter where int8_dense does not take K

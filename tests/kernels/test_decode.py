@@ -9,12 +9,15 @@ import torch
 from polar_kernels import lloyd_max_levels, pack_codes, unpack_codes
 from polar_kernels.kernels.decode_halves import decode_halves_code
 from polar_kernels.kernels.decode_int8 import decode_int8_code
+from polar_kernels.kernels.decode_planes import decode_planes_code
 from polar_kernels.tiles import (
     BF16_LEVELS,
     FP16_LEVELS,
+    PLANE_LEVELS,
     PLANE_WORDS,
     half_integer_levels,
     level_table,
+    plane_levels,
     tile_weight,
     tile_width,
 )
@@ -115,3 +118,21 @@ def test_halves(tile, step: int, dtype: torch.dtype) -> None:
             found = torch.tensor(run(program, registers, 4)).to(torch.uint32).view(dtype)
             places = [(r, i) for r in range(2) for i in range(4)]
             assert found.tolist() == [levels[code_of(codes, lane, row_word, step, *place)] for place in places]
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_planes(tile, step: int) -> None:
+    """Both bytes of a level, or the complements of both."""
+    bits, codes, planes, table = tile
+    high, low, _ = plane_levels(lloyd_max_levels(bits)[1 << (bits - 1) :])
+    program = decode_planes_code(step, tile_width(bits))
+    for lane in range(32):
+        for row_word in range(4):
+            word, signs = lane_words(planes, lane, row_word, step)
+            registers = {"$4": word, "$5": signs} | {f"${6 + i}": int(table[PLANE_LEVELS + i]) for i in range(8)}
+            found_planes = run(program, registers, 4)
+            for plane, steps in enumerate((high, low)):
+                levels = [*(-1 - steps.flip(0)).tolist(), *steps.tolist()]
+                for r, register in enumerate(found_planes[2 * plane : 2 * plane + 2]):
+                    found = [int.from_bytes([byte], signed=True) for byte in register.to_bytes(4, "little")]
+                    assert found == [levels[code_of(codes, lane, row_word, step, r, i)] for i in range(4)]

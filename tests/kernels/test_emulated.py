@@ -13,6 +13,7 @@ from emulator import Words, as_tensor, emulate
 
 from polar_kernels import reference
 from polar_kernels.kernels import (
+    exact_matmul,
     expert_pairs,
     expert_wgmma,
     int8_dense,
@@ -252,14 +253,86 @@ def test_groups_of_64(stack, relative_error, monkeypatch: pytest.MonkeyPatch) ->
     assert out[1].isnan().all()
 
 
-@pytest.mark.parametrize("linear", [int8_linear, exact_linear])
 @pytest.mark.parametrize("bits", [4, 5])
-def test_product_of_few_rows(random_weight, relative_error, linear: Callable, bits: int) -> None:
+def test_product_of_few_rows(random_weight, relative_error, bits: int) -> None:
     packed, norms, scales, centroids = random_weight(40, 200, bits)
     x, bias = torch.randn(9, 200).half(), torch.randn(40)
-    y = linear(x, *tile_weight(packed, norms, bits), scales, level_table(centroids), bias, 40)
+    y = int8_linear(x, *tile_weight(packed, norms, bits), scales, level_table(centroids), bias, 40)
     exact = reference.linear(x.double(), packed, norms, scales, centroids, bias)
-    assert relative_error(y, exact) < (1e-3 if linear is exact_linear else 0.02)
+    assert relative_error(y, exact) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("x_rows", "rows", "columns", "bits", "awq"),
+    [
+        (1, 40, 200, 5, True),
+        (3, 70, 1160, 4, False),
+        (4, 32, 128, 2, True),
+        (5, 40, 1160, 5, False),
+        (8, 70, 200, 3, True),
+        (16, 40, 200, 5, True),
+        (17, 70, 384, 4, True),
+        (32, 40, 200, 5, False),
+    ],
+)
+@pytest.mark.parametrize("warps", [4, 8, 16])
+def test_exact_product_of_few_rows(
+    random_weight, relative_error, monkeypatch, x_rows: int, rows: int, columns: int, bits: int, awq: bool, warps: int
+) -> None:
+    """Rounded to fp16, and by less than that before; a row that is not finite stays by itself."""
+    monkeypatch.setattr(exact_matmul, "_choose_warps", lambda bands, groups: warps)
+    packed, norms, scales, centroids = random_weight(rows, columns, bits, awq=awq)
+    own = (*tile_weight(packed, norms, bits), scales, level_table(centroids))
+    x, bias = torch.randn(x_rows, columns).half(), torch.randn(rows) if awq else None
+    exact = reference.linear(x.double(), packed, norms, scales, centroids, bias)
+    y = exact_linear(x, *own, bias, rows)
+    assert y.dtype == x.dtype
+    assert relative_error(y, exact) < 2.5e-4
+    if x_rows > 2:
+        x[1, 3], x[2, 100] = torch.nan, torch.inf
+        sound = (torch.arange(x_rows) != 1) & (torch.arange(x_rows) != 2)
+        z = exact_linear(x, *own, bias, rows)
+        assert torch.equal(z[sound], y[sound])
+        assert z[~sound].isnan().all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@pytest.mark.parametrize("kind", ["random", "one column", "equal", "an outlier"])
+def test_exact_products_before_they_are_rounded(random_weight, relative_error, bits: int, kind: str) -> None:
+    """Stored in fp32: off by less than x, levels or results rounded to fp16 would be, 2e-4 each."""
+    packed, norms, scales, centroids = random_weight(64, 512, bits)
+    x = torch.randn(4, 512)
+    if kind == "one column":  # of the rotated x: one value in the middle of zeros
+        x = reference.rotate(torch.eye(512)[[5, 130, 300, 511]], None)
+        scales = None
+    elif kind == "equal":
+        x, scales = torch.ones(4, 512), None
+    elif kind == "an outlier":
+        x[:, 77] *= 1000
+    own = (*tile_weight(packed, norms, bits), scales, level_table(centroids))
+    exact = reference.linear(x.double(), packed, norms, scales, centroids, None)
+    assert relative_error(exact_linear(x, *own, None, 64), exact) < 1e-4
+
+
+def test_exact_products_of_extreme_activations(random_weight, relative_error) -> None:
+    """Zeros are zeros; the largest of fp16 and far beyond its range are as good as any."""
+    packed, norms, _, centroids = random_weight(40, 1024, 5)
+    norms /= 1024
+    own = (*tile_weight(packed, norms, 5), None, level_table(centroids))
+    x = torch.randn(4, 1024).clamp(-1, 1).half()
+    x[1] = 0
+    x[2, :384] = 0
+    x[3] *= 65504
+    y = exact_linear(x, *own, None, 40)
+    exact = reference.linear(x.double(), packed, norms, None, centroids)
+    assert not y[1].any()
+    for row in (0, 2, 3):
+        assert relative_error(y[row], exact[row]) < 4e-4
+    x = torch.stack([torch.randn(1024) * scale for scale in (1e-27, 1e-10, 1e20, 1e34)]).bfloat16()
+    y = exact_linear(x, *own, None, 40)
+    exact = reference.linear(x.double(), packed, norms, None, centroids)
+    for row in range(4):
+        assert relative_error(y[row], exact[row]) < 2**-7  # the interpreter cuts off where a GPU rounds
 
 
 @pytest.mark.parametrize("centered", [False, True])

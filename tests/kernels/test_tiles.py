@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from polar_kernels import ArgumentError, lloyd_max_levels, pack_codes, published_levels
-from polar_kernels.tiles import half_integer_levels, is_tileable, level_table, tile_weight, untile_rows, untile_weight
+from polar_kernels.tiles import (
+    LEVEL_HALVES,
+    half_integer_levels,
+    is_tileable,
+    level_table,
+    plane_levels,
+    tile_weight,
+    untile_rows,
+    untile_weight,
+)
 
 BITS = [2, 3, 4, 5]
 SHAPES = [(1, 128), (32, 128), (37, 200), (64, 384), (257, 1152)]
@@ -58,6 +67,16 @@ def test_half_integers_are_close_to_the_levels(bits: int) -> None:
     assert steps.min() >= 0
     assert steps.max() <= 127
     assert ((steps + 0.5) * delta - positive).abs().max() < 0.51 * delta
+
+
+@pytest.mark.parametrize("levels", [lloyd_max_levels(2), lloyd_max_levels(3), lloyd_max_levels(5), published_levels(5)])
+def test_levels_in_two_planes(levels: torch.Tensor) -> None:
+    positive = levels[len(levels) // 2 :].double()
+    high, low, delta = plane_levels(positive)
+    assert torch.equal(high & 127, high)
+    assert torch.equal(low & 127, low)
+    error = (128 * high + low + LEVEL_HALVES) * delta - positive
+    assert error.abs().max() < 4e-5 * positive[-1]
 
 
 def test_tables_that_have_tiles() -> None:
