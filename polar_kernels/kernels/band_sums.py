@@ -7,8 +7,6 @@ A thread holds 8 sums a group of 8 rows of x: rows g, g + 8, g + 16, g + 24 of t
 import triton
 import triton.language as tl
 
-from polar_kernels.kernels.ptx import sum_lanes
-
 ROW_GROUP = 8  # rows of x the tensor cores take at a time
 
 
@@ -128,34 +126,3 @@ def sum_band(value, row, thread, WARPS: tl.constexpr):
     """The sum over the program's warps of row `lane` of a band, each thread of a warp giving the value of one row."""
     CODE: tl.constexpr = _SUM_ROWS_4 if WARPS == 4 else _SUM_ROWS_8
     return tl.inline_asm_elementwise(CODE, "=&f,f,r,r", [value, row, thread], tl.float32, False, 1)
-
-
-def _exchange(warps: int) -> str:
-    """PTX: $0 = the sum over the four lanes of a group of the value of row thread // warps in warp thread % warps.
-
-    $1..$4: a lane's values of rows g, g + 8, ...; $5: the thread. A warp's values take 16 bytes more than they are, so
-    that lanes that read of different warps read from different banks.
-    """
-    return (
-        f"{{ .shared .align 16 .b8 lanes[{528 * warps}]; .reg .u32 at, base, own; .reg .f32 a, b, c;"
-        "mov.u32 base, lanes; shr.u32 at, $5, 5; mad.lo.u32 at, at, 528, base; and.b32 own, $5, 31;"
-        "mad.lo.u32 at, own, 4, at; st.shared.f32 [at], $1; st.shared.f32 [at+128], $2; st.shared.f32 [at+256], $3;"
-        f"st.shared.f32 [at+384], $4; bar.sync 0; and.b32 own, $5, {warps - 1};"
-        f"mad.lo.u32 at, own, 528, base; shr.u32 own, $5, {warps.bit_length() - 1}; mad.lo.u32 at, own, 16, at;"
-        "ld.shared.v4.f32 {$0, a, b, c}, [at]; add.f32 $0, $0, a; add.f32 b, b, c; add.f32 $0, $0, b; }"
-    )
-
-
-_EXCHANGE_4, _EXCHANGE_8, _EXCHANGE_16 = (tl.constexpr(_exchange(warps)) for warps in (4, 8, 16))
-
-
-@triton.jit
-def sum_parts(sums, thread, WARPS: tl.constexpr):
-    """The sum over the program's warps, and the lanes of a group, of row thread // WARPS of a band.
-
-    sums: a thread's share of rows g, g + 8, g + 16, g + 24.
-    """
-    CODE: tl.constexpr = _EXCHANGE_4 if WARPS == 4 else (_EXCHANGE_8 if WARPS == 8 else _EXCHANGE_16)
-    BITS: tl.constexpr = 2 if WARPS == 4 else (3 if WARPS == 8 else 4)
-    values = [sums[0], sums[1], sums[2], sums[3], thread]
-    return sum_lanes(tl.inline_asm_elementwise(CODE, "=&f,f,f,f,f,r", values, tl.float32, False, 1), BITS)

@@ -140,7 +140,7 @@ def multiply_quantized(
     groups = words.shape[0] // ROW_GROUP
     bands = triton.cdiv(out_features, TILE_ROWS)
     blocks = tiles.shape[0] // bands
-    warps = choose_warps(bands, groups)
+    warps = _choose_warps(bands, groups)
     _int8_matmul_kernel[(bands,)](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int64),
@@ -168,7 +168,7 @@ def multiply_quantized(
     return out
 
 
-def choose_warps(bands: int, groups: int) -> int:
+def _choose_warps(bands: int, groups: int) -> int:
     """Warps that share a band: few bands want many each, to fill the GPU; many want few, whose sums are cheaper.
 
     Measured on an H200; that 16 are best on up to 128 bands, for 16 rows of x on an H100.

@@ -36,7 +36,6 @@ _STORE = tl.constexpr(
 _STORE_TWO = tl.constexpr("{ .reg .pred p; setp.ne.u32 p, $4, 0; mov.b32 $0, 0; @p st.global.v2.b32 [$1], {$2, $3}; }")
 _HIDDEN_ZERO = tl.constexpr("{ .reg .b32 t; shfl.sync.bfly.b32 t, $1, 0, 0x1f, 0xffffffff; shr.u32 $0, t, 5; }")
 _SWAP_LANES = tl.constexpr("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;")
-_READ_LANE = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;")
 
 
 @triton.jit
@@ -99,12 +98,6 @@ def hidden_zero(lane):
 def swap_lanes(x, distance):
     """x of the lane whose number differs by the bit `distance`."""
     return tl.inline_asm_elementwise(_SWAP_LANES, "=f,f,r", [x, distance], tl.float32, True, 1)
-
-
-@triton.jit
-def read_lane(x, lane):
-    """x of that lane of the warp."""
-    return tl.inline_asm_elementwise(_READ_LANE, "=f,f,r", [x, lane], tl.float32, True, 1)
 
 
 @triton.jit

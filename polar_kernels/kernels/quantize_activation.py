@@ -80,18 +80,10 @@ def store_block(word, half, scale, out_ptr, meta_ptr, row, block, lane, blocks, 
     position = (lane // 2) % 4 * 8 + lane // 8 * 2 + lane % 2
     tl.store(out_ptr + (row * blocks + block) * 32 + position, word, mask=inside)
     meta = meta_ptr + (block.to(tl.int64) * padded_rows + row) * 2
-    tl.store(meta, base_of(half, scale), mask=inside & (lane == 0))
+    # The product's accumulator starts at _ROUND: its bits, read as a float and times scale, plus the base. That is
+    # rounded by little more than a unit of the integer product: nothing beside the rounding of x.
+    tl.store(meta, half - _ROUND * scale, mask=inside & (lane == 0))
     tl.store(meta + 1, scale, mask=inside & (lane == 0))
-
-
-@triton.jit
-def base_of(half, scale):
-    """What is added to a product's accumulator times the scale; half: what half the sum of x's integers is worth.
-
-    The accumulator starts at _ROUND: its bits, read as a float and times scale, plus the base. That is rounded by
-    little more than a unit of the integer product: nothing beside the rounding of x.
-    """
-    return half - _ROUND * scale
 
 
 @triton.jit

@@ -14,7 +14,6 @@ from polar_kernels.hadamard import BLOCK_SIZE, padded_size
 from polar_kernels.kernels.ptx import load_cached, max_lanes, store_two, sum_lanes, swap_lanes, unpack_halves
 from polar_kernels.kernels.quantize_activation import rounded_bits, scales_of_peak
 from polar_kernels.kernels.ring import chunk_words
-from polar_kernels.kernels.rotate_block import silu
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS
 from polar_kernels.tiles import LEVEL_STEP
 
@@ -27,49 +26,28 @@ _ADD_BYTES = tl.constexpr("dp4a.s32.s32 $0, $1, 0x01010101, $2;")
 
 
 @triton.jit
-def _run(pointer, column, K, other: tl.constexpr, WHOLE: tl.constexpr):
-    """Eight columns as fp32, `other` from K on. WHOLE: 16 bits each, all there, and read 16 bytes at a time."""
+def _load(x_ptr, scales_ptr, row, column, K, HAS_SCALES: tl.constexpr, WHOLE: tl.constexpr):
+    """16 columns of a row, divided by their AWQ scales. WHOLE: all there, and 16 bytes at a time."""
     v = ()
     if WHOLE:
-        words = load_cached(pointer + column)
-        for i in tl.static_range(4):
-            v = v + unpack_halves(words[i], pointer.dtype.element_ty)
+        for part in tl.static_range(2):
+            words = load_cached(x_ptr + row * K + column + 8 * part)
+            for i in tl.static_range(4):
+                v = v + unpack_halves(words[i], x_ptr.dtype.element_ty)
     else:
-        for i in tl.static_range(8):
-            v = v + (tl.load(pointer + column + i, mask=column + i < K, other=other).to(tl.float32),)
-    return v
-
-
-@triton.jit
-def load_eight(
-    x_ptr,
-    scales_ptr,
-    column,
-    K,
-    HAS_SCALES: tl.constexpr,
-    GATED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    WHOLE_SCALES: tl.constexpr,
-):
-    """Eight columns of the row at x_ptr, divided by their AWQ scales. GATED: as in `rotate_block`."""
-    v = _run(x_ptr, column, K, 0.0, WHOLE)
-    if GATED:
-        up = _run(x_ptr + K, column, K, 0.0, WHOLE)
-        gated = ()
-        for i in tl.static_range(8):
-            gated = gated + (silu(v[i]) * up[i],)
-        v = gated
+        for i in tl.static_range(16):
+            v = v + (tl.load(x_ptr + row * K + column + i, mask=column + i < K, other=0.0).to(tl.float32),)
     if HAS_SCALES:
-        scales = _run(scales_ptr, column, K, 1.0, WHOLE_SCALES)
         scaled = ()
-        for i in tl.static_range(8):
-            scaled = scaled + (v[i] / scales[i],)
+        for i in tl.static_range(16):
+            scale = tl.load(scales_ptr + column + i, mask=column + i < K, other=1.0).to(tl.float32)
+            scaled = scaled + (v[i] / scale,)
         v = scaled
     return v
 
 
 @triton.jit
-def turn_own(v, BIT: tl.constexpr):
+def _turn_own(v, BIT: tl.constexpr):
     """One step of the transform among a lane's own values."""
     out = ()
     for i in tl.static_range(16):
@@ -81,7 +59,7 @@ def turn_own(v, BIT: tl.constexpr):
 
 
 @triton.jit
-def turn_lanes(v, lane, bit: tl.constexpr):
+def _turn_lanes(v, lane, bit: tl.constexpr):
     """One step between lanes."""
     distance = tl.full(lane.shape, 1 << bit, tl.int32)
     sign = tl.where((lane >> bit) & 1 == 1, -1.0, 1.0)
@@ -92,30 +70,12 @@ def turn_lanes(v, lane, bit: tl.constexpr):
 
 
 @triton.jit
-def peak_of(v, BITS: tl.constexpr):
-    """The largest magnitude that 2^BITS neighbouring lanes hold, NaN where they hold one."""
+def _peak(v):
+    """The largest magnitude of the warp's four blocks, NaN where they hold one."""
     peak = tl.abs(v[0])
     for i in tl.static_range(15):
         peak = tl.maximum(peak, tl.abs(v[i + 1]), propagate_nan=tl.PropagateNan.ALL)
-    return max_lanes(peak, BITS)
-
-
-@triton.jit
-def round_words(v, inverse):
-    """16 values times `inverse` as the bytes of four words, and the sum of those."""
-    words = ()
-    total = tl.zeros(inverse.shape, tl.int32)
-    for i in tl.static_range(4):
-        values = [
-            rounded_bits(v[4 * i] * inverse),
-            rounded_bits(v[4 * i + 1] * inverse),
-            rounded_bits(v[4 * i + 2] * inverse),
-            rounded_bits(v[4 * i + 3] * inverse),
-        ]
-        word = tl.inline_asm_elementwise(_PACK_BYTES, "=r,r,r,r,r", values, tl.int32, True, 1)
-        total = tl.inline_asm_elementwise(_ADD_BYTES, "=r,r,r", [word, total], tl.int32, True, 1)
-        words = words + (word,)
-    return words, total
+    return max_lanes(peak, 5)
 
 
 @triton.jit
@@ -144,20 +104,29 @@ def quantize_row(
     delta = tl.load(table_ptr + _STEP).to(tl.float32, bitcast=True)
     column = tl.minimum(block, blocks - 1) * 128 + 16 * part
     gdc_wait()
-    x = x_ptr + row * K
-    v = load_eight(x, scales_ptr, column, K, HAS_SCALES, False, WHOLE, False)
-    v = v + load_eight(x, scales_ptr, column + 8, K, HAS_SCALES, False, WHOLE, False)
-    v = turn_own(v, 1)
-    v = turn_own(v, 2)
-    v = turn_own(v, 4)
-    v = turn_own(v, 8)
-    v = turn_lanes(v, lane, 0)
-    v = turn_lanes(v, lane, 1)
-    v = turn_lanes(v, lane, 2)
-    peak = peak_of(v, 5)  # of the warp's four blocks
+    v = _load(x_ptr, scales_ptr, row, column, K, HAS_SCALES, WHOLE)
+    v = _turn_own(v, 1)
+    v = _turn_own(v, 2)
+    v = _turn_own(v, 4)
+    v = _turn_own(v, 8)
+    v = _turn_lanes(v, lane, 0)
+    v = _turn_lanes(v, lane, 1)
+    v = _turn_lanes(v, lane, 2)
+    peak = _peak(v)
     inverse, scale = scales_of_peak(peak, delta)
     scale = tl.maximum(scale, _LEAST_SCALE, propagate_nan=tl.PropagateNan.ALL)  # its inverse is finite
-    words, total = round_words(v, inverse)
+    words = ()
+    total = thread * 0
+    for i in tl.static_range(4):
+        values = [
+            rounded_bits(v[4 * i] * inverse),
+            rounded_bits(v[4 * i + 1] * inverse),
+            rounded_bits(v[4 * i + 2] * inverse),
+            rounded_bits(v[4 * i + 3] * inverse),
+        ]
+        word = tl.inline_asm_elementwise(_PACK_BYTES, "=r,r,r,r,r", values, tl.int32, True, 1)
+        total = tl.inline_asm_elementwise(_ADD_BYTES, "=r,r,r", [word, total], tl.int32, True, 1)
+        words = words + (word,)
     product = row // ROWS
     own = row % ROWS
     chunk = (product // products * blocks + block) * products + product % products

@@ -40,14 +40,9 @@ def _load(x_ptr, scales_ptr, row, column, K, HAS_SCALES: tl.constexpr, GATED: tl
     if GATED:
         gate = tl.load(x_ptr + row * (2 * K) + column, mask=column < K, other=0.0).to(tl.float32)
         up = tl.load(x_ptr + row * (2 * K) + K + column, mask=column < K, other=0.0).to(tl.float32)
-        x = silu(gate) * up
+        x = gate / (1 + tl.exp(-gate)) * up
     else:
         x = tl.load(x_ptr + row * K + column, mask=column < K, other=0.0).to(tl.float32)
     if HAS_SCALES:
         x = x / tl.load(scales_ptr + column, mask=column < K, other=1.0).to(tl.float32)
     return x
-
-
-@triton.jit
-def silu(x):
-    return x / (1 + tl.exp(-x))

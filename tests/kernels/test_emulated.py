@@ -17,7 +17,6 @@ from polar_kernels.kernels import (
     expert_pairs,
     expert_wgmma,
     int8_dense,
-    int8_matvec,
     int8_wgmma,
     norm_quantize,
     quantize_activation,
@@ -362,71 +361,3 @@ def test_residual_after_a_product(random_weight) -> None:
     out = torch.full((9, 40), torch.nan).half()
     multiply_quantized(words, meta, *tiles, table, None, residual, out)
     assert torch.equal(out, int8_linear(x, *tiles, scales, table, None, 40) + residual)
-
-
-@pytest.fixture
-def matvec(random_weight, relative_error) -> Callable[..., torch.Tensor]:
-    """The product of one row of x by `int8_matvec`, in fp32, once it is seen to be that of the kernels that it stands
-    in for, but for the order of sums, and to be near the exact one of x as it is."""
-
-    def multiply(
-        x: torch.Tensor, rows: int, shape: int8_matvec.Shape, bits: int = 5, awq: bool = True, **more: Any
-    ) -> torch.Tensor:
-        gated, residual, bias = more.get("gated", False), more.get("residual"), more.pop("bias", None)
-        packed, norms, scales, centroids = random_weight(rows, x.shape[1] // (2 if gated else 1), bits, awq=awq)
-        tiles, table = tile_weight(packed, norms, bits), level_table(centroids)
-        out, parts = torch.full((2, 1, rows), torch.nan)
-        int8_matvec.int8_matvec(x, *tiles, scales, table, bias, rows, out=out, shape=shape, **more)
-        words, meta = quantize_activation.quantize_activation(x, scales, table, padded_rows(1), gated=gated)
-        multiply_quantized(words, meta, *tiles, table, bias, residual, parts)
-        if not x.isfinite().all():
-            assert parts.isnan().all()
-            return out
-        assert relative_error(out, parts) < 1e-6
-        if not gated and residual is None:
-            assert relative_error(out, reference.linear(x.double(), packed, norms, scales, centroids, bias)) < 0.02
-        return out
-
-    return multiply
-
-
-ONE_ROW = [
-    (40, 200, 5, (16, 1)),  # the last block padded, fewer blocks than warps
-    (32, 128 * 9, 4, (8, 1)),  # one warp has two blocks
-    (32, 128 * 9, 4, (8, 2)),
-    (70, 128 * 17 + 8, 5, (4, 1)),  # five steps: a group of four, and one of one
-    (70, 128 * 17 + 8, 5, (4, 2)),
-    (33, 128 * 24, 4, (4, 2)),
-    (64, 128 * 6, 2, (4, 1)),
-    (31, 128, 5, (4, 2)),
-]
-
-
-@pytest.mark.parametrize(("awq", "dtype"), [(False, torch.bfloat16), (True, torch.float16)])
-@pytest.mark.parametrize(("rows", "columns", "bits", "shape"), ONE_ROW)
-def test_product_of_one_row(matvec, rows: int, columns: int, bits: int, shape: tuple, awq: bool, dtype) -> None:
-    x, bias = torch.randn(1, columns).to(dtype), torch.randn(rows) if awq else None
-    matvec(x, rows, int8_matvec.Shape(*shape, 128), bits, awq, bias=bias)
-
-
-@pytest.mark.parametrize("start", [0, 1])
-@pytest.mark.parametrize("columns", [256, 264])
-def test_product_of_one_row_gated_plus_residual(matvec, columns: int, start: int) -> None:
-    """x that starts at a multiple of 16 bytes, or anywhere."""
-    x = torch.randn(2 * columns + 1).bfloat16()[start : start + 2 * columns].view(1, -1)
-    matvec(x, 40, int8_matvec.Shape(4, 1, 80), gated=True, residual=torch.randn(1, 40))
-
-
-@pytest.mark.parametrize(("value", "ahead"), [(torch.nan, 1), (torch.inf, 2)])
-@pytest.mark.parametrize("column", [0, 128 * 7 + 5, 128 * 17 + 7])
-def test_one_row_that_is_not_finite(matvec, column: int, value: float, ahead: int) -> None:
-    """In a block that is the first of a group of four, or another, or the last, whose group has no other."""
-    x = torch.randn(1, 128 * 17 + 8).half()
-    x[0, column] = value
-    assert matvec(x, 40, int8_matvec.Shape(4, ahead, 80)).isnan().all()
-
-
-def test_one_row_of_zeros(random_weight) -> None:
-    packed, norms, scales, centroids = random_weight(40, 256)
-    tiles, x = tile_weight(packed, norms, 5), torch.zeros(1, 256).half()
-    assert not int8_matvec.int8_matvec(x, *tiles, scales, level_table(centroids), None, 40).any()

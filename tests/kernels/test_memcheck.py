@@ -11,7 +11,6 @@ CALLS = """
 import torch
 from polar_kernels import PolarExpertProjection, PolarExperts, PolarLinear
 from polar_kernels.kernels import int8_dense, tiled_experts
-from polar_kernels.kernels.int8_matvec import Shape, int8_matvec
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
 from polar_kernels.kernels.tiled import has_wgmma
 from polar_kernels.kernels.wgmma_forms import FORMS
@@ -23,12 +22,6 @@ for bits in (4, 5):
         layer.activation = activation
         for rows in (1, 9, 40):
             layer(torch.randn(rows, 392, device="cuda").half())
-    for rows, columns in ((70, 392), (40, 1280)):
-        linear = torch.nn.Linear(columns, rows, device="cuda")
-        layer = PolarLinear.from_linear(linear, bits, awq_scales=torch.ones(columns))
-        parts = (layer.tiles, layer.tile_norms, layer.awq_scales, layer.level_table, layer.bias)
-        for shape in (Shape(4, 1, 80), Shape(8, 2, 128), Shape(16, 2, 128)):
-            int8_matvec(torch.randn(1, columns, device="cuda").half(), *parts, rows, shape=shape)
     layer.dequantize()
     if torch.cuda.get_device_capability() == (9, 0):
         for rows, columns in ((70, 1160), (72, 1280)):

@@ -15,10 +15,7 @@ from polar_kernels import (
 )
 from polar_kernels.kernels import int8_dense
 from polar_kernels.kernels import tiled as kernels_tiled
-from polar_kernels.kernels.int8_matmul import multiply_quantized, padded_rows
-from polar_kernels.kernels.int8_matvec import Shape, int8_matvec
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
-from polar_kernels.kernels.quantize_activation import quantize_activation
 from polar_kernels.kernels.wgmma_forms import FORMS, SCALE_BLOCKS, Form, choose_cut
 from polar_kernels.tiles import level_table, tile_weight, untile_weight
 
@@ -94,55 +91,6 @@ def test_exact_product(device, poisoned, tiled, relative_error, rows: int, dtype
     if rows:
         plain = torch.nn.functional.linear(x, reference.dequantize(*stored, 1152, dtype), offset)
         assert relative_error(y, exact) < 2 * relative_error(plain, exact)
-
-
-MATVEC_SHAPES = [None, (4, 1, 80), (8, 1, 80), (8, 2, 128), (16, 1, 128), (16, 2, 128)]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("form", MATVEC_SHAPES)
-@pytest.mark.parametrize("bits", [4, 5])
-@pytest.mark.parametrize("awq", [False, True])
-@pytest.mark.parametrize("shape", [(31, 128), (37, 200), (257, 1152), (4096, 4096), (12288, 4096), (1000, 12288)])
-def test_product_of_one_row(
-    device, poisoned, tiled, relative_error, shape: tuple[int, int], awq: bool, bits: int, form: tuple | None
-) -> None:
-    """In one launch as in two, but for the order of sums; of x that starts anywhere."""
-    rows, columns = shape
-    tiles, stored = tiled(rows, columns, awq, bits)
-    own = None if form is None else Shape(*form)
-    for dtype in (torch.bfloat16, torch.float16):
-        offset = torch.randn(rows, device=device).to(dtype)
-        for start in (0, 1):
-            x = torch.randn(columns + 1, device=device).to(dtype)[start : start + columns][None]
-            y = int8_matvec(x, *tiles[:4], offset, rows, shape=own)
-            assert y.dtype == dtype
-            assert relative_error(y, reference.linear(x.double(), *stored, offset)) < 2 * INT8_ERROR  # of few outputs
-            out, parts = (torch.empty(1, rows, device=device) for _ in range(2))
-            int8_matvec(x, *tiles[:4], offset, rows, out=out, shape=own)
-            words, meta = quantize_activation(x, tiles[2], tiles[3], padded_rows(1))
-            multiply_quantized(words, meta, *tiles[:2], tiles[3], offset, None, parts)
-            assert relative_error(out, parts) < 1e-4
-            x[0, columns // 2 + start] = torch.inf if start else torch.nan
-            assert int8_matvec(x, *tiles[:4], offset, rows, shape=own).isnan().all()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("form", MATVEC_SHAPES)
-@pytest.mark.parametrize("shape", [(37, 200), (4096, 4096), (1000, 12288)])
-def test_product_of_one_row_gated_plus_residual(
-    device, poisoned, tiled, relative_error, shape: tuple[int, int], form: tuple | None
-) -> None:
-    rows, columns = shape
-    (own_tiles, norms, scales, table, _), _ = tiled(rows, columns)
-    x, residual = torch.randn(1, 2 * columns, device=device).bfloat16(), torch.randn(1, rows, device=device)
-    out, parts = (torch.empty(1, rows, device=device) for _ in range(2))
-    own = None if form is None else Shape(*form)
-    more = {"residual": residual, "gated": True, "out": out, "shape": own}
-    int8_matvec(x, own_tiles, norms, scales, table, None, rows, **more)
-    words, meta = quantize_activation(x, scales, table, padded_rows(1), gated=True)
-    multiply_quantized(words, meta, own_tiles, norms, table, None, residual, parts)
-    assert relative_error(out, parts) < 1e-3  # silu may be rounded otherwise
 
 
 @pytest.mark.gpu

@@ -186,9 +186,6 @@ class Emulator:
         elif name.startswith("shfl.sync.bfly"):
             other = np.arange(self.count) ^ self._get(operands[2]).astype(np.int64)
             self._set(lists[0], [self._get(operands[1])[other]])
-        elif name.startswith("shfl.sync.idx"):
-            other = np.arange(self.count) // 32 * 32 + self._get(operands[2]).astype(np.int64)
-            self._set(lists[0], [self._get(operands[1])[other]])
         else:
             self._set(lists[0], [INSTRUCTIONS[name](*map(self._get, operands[1:]))])
 
