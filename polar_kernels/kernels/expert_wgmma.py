@@ -8,11 +8,10 @@ from polar_kernels.kernels.expert_groups import Grouped
 from polar_kernels.kernels.int8_wgmma import multiply_bands
 from polar_kernels.kernels.ptx import wait_for_previous_kernel
 from polar_kernels.kernels.quantize_grouped import GROUP_ROWS
-from polar_kernels.kernels.wgmma_forms import FORMS
+from polar_kernels.kernels.wgmma_forms import EXPERT_FORM, SCALE_BLOCKS
 from polar_kernels.kernels.wgmma_output import add_halves
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
-_FORM = FORMS[0]  # the one of so many rows
 _ROWS = tl.constexpr(GROUP_ROWS)
 
 
@@ -32,6 +31,7 @@ def _expert_wgmma_kernel(
     WIDTH: tl.constexpr,
     WARPS: tl.constexpr,
     SHARED: tl.constexpr,
+    UNROLLED: tl.constexpr,
 ):
     thread = tl.arange(0, 32 * WARPS)
     band = tl.program_id(0) * (WARPS // 2) + thread // 64
@@ -56,6 +56,8 @@ def _expert_wgmma_kernel(
             WARPS,
             SHARED,
             1,
+            UNROLLED,
+            False,
         )
         g = thread % 32 // 4
         half = thread // 32 % 2
@@ -86,7 +88,7 @@ def expert_wgmma(
 ) -> torch.Tensor:
     """`expert_matmul` of x as `quantize_grouped` gives it, groups being of GROUP_ROWS rows."""
     bands = out.shape[1] // TILE_ROWS
-    _expert_wgmma_kernel[(triton.cdiv(2 * bands, _FORM.warps), len(grouped.groups))](
+    _expert_wgmma_kernel[(triton.cdiv(2 * bands, EXPERT_FORM.warps), len(grouped.groups))](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int32),
         table_ptr=table,
@@ -99,12 +101,13 @@ def expert_wgmma(
         blocks=tiles.shape[0] // (bands * experts),
         stride=halves.shape[1] // 2,
         WIDTH=tiles.shape[1] // PLANE_WORDS,
-        WARPS=_FORM.warps,
-        SHARED=_FORM.shared_bytes,
-        num_warps=_FORM.warps,
+        WARPS=EXPERT_FORM.warps,
+        SHARED=EXPERT_FORM.shared_bytes,
+        UNROLLED=SCALE_BLOCKS if tiles.shape[0] // (bands * experts) % SCALE_BLOCKS == 0 else 1,
+        num_warps=EXPERT_FORM.warps,
         enable_fp_fusion=True,
         num_stages=1,
         launch_pdl=True,
-        maxnreg=_FORM.registers,
+        maxnreg=EXPERT_FORM.registers,
     )
     return out

@@ -22,6 +22,7 @@ from polar_kernels.kernels.tile_access import load_tile, norm_of
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
 MAX_ROWS = 64  # of x in one launch: more would not fit in registers
+_MULTIPROCESSORS = 132  # of the GPU that the choices below were measured on
 
 
 @triton.jit
@@ -163,7 +164,7 @@ def multiply_quantized(
         enable_fp_fusion=True,
         num_stages=1,
         launch_pdl=True,
-        maxnreg=_choose_registers(warps, groups),
+        maxnreg=_choose_registers(bands, warps, groups),
     )
     return out
 
@@ -171,17 +172,20 @@ def multiply_quantized(
 def _choose_warps(bands: int, groups: int) -> int:
     """Warps that share a band: few bands want many each, to fill the GPU; many want few, whose sums are cheaper.
 
-    Measured on an H200; that 16 are best on up to 128 bands, for 16 rows of x on an H100.
+    Measured on an H200.
     """
     if groups >= 4:
-        return 4 if bands * groups >= 1536 else 8
-    if bands >= 4096:
+        return 4 if bands * groups >= 1024 else 8
+    if bands >= 4096 or (groups == 2 and 2 * _MULTIPROCESSORS < bands <= 4 * _MULTIPROCESSORS):
         return 4
     return 16 if bands <= 128 else 8
 
 
-def _choose_registers(warps: int, groups: int) -> int | None:
-    """Registers of a thread at most: room for three programs of 8 warps, or one of 16; else as ptxas sees fit."""
+def _choose_registers(bands: int, warps: int, groups: int) -> int | None:
+    """Registers of a thread at most: room on a multiprocessor for as many programs as there are for each, or as ptxas
+    sees fit. With room for more, programs that come early would fill some multiprocessors and leave others idle."""
     if warps == 16:
         return 128  # ptxas by itself would make room for a second program, and spill
-    return 80 if groups == 1 and warps == 8 else None
+    if groups == 1 and warps == 8:
+        return 128 if bands <= 2 * _MULTIPROCESSORS else 80
+    return 128 if groups == 2 and warps == 4 and bands <= 4 * _MULTIPROCESSORS else None

@@ -13,10 +13,10 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polar_kernels.kernels.decode_int8 import decode_half_tile
-from polar_kernels.kernels.ptx import load_cached, wait_for_previous_kernel
+from polar_kernels.kernels.ptx import hidden_zero, load_cached, wait_for_previous_kernel
 from polar_kernels.kernels.quantize_chunks import quantize_chunks
 from polar_kernels.kernels.ring import (
     choose_slots,
@@ -31,7 +31,7 @@ from polar_kernels.kernels.ring import (
     shared_memory,
     wait_for_slot,
 )
-from polar_kernels.kernels.tile_access import load_half_tile, norm_of
+from polar_kernels.kernels.tile_access import further_place, half_tile_place, load_half_tile_at, norm_of
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS, Form, choose_cut
 from polar_kernels.kernels.wgmma_output import add_bias, add_halves, store_each, store_lines
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
@@ -173,6 +173,17 @@ def _refill(ring, slot, parity, done, count, source, thread, ROWS: tl.constexpr,
 
 
 @triton.jit
+def _load_following(place, block: tl.constexpr, more, UNROLLED: tl.constexpr, WIDTH: tl.constexpr):
+    """The tile after the one of a block, and the place of the first of the next blocks once it is the last of UNROLLED.
+    more: whether there are any; the last tile is followed by itself."""
+    if block == UNROLLED - 1:
+        place = further_place(place, tl.where(more, UNROLLED, UNROLLED - 1), WIDTH)
+        return place, load_half_tile_at(place, WIDTH)
+    else:
+        return place, load_half_tile_at(further_place(place, block + 1, WIDTH), WIDTH)
+
+
+@triton.jit
 def multiply_bands(
     tiles_ptr,
     norms_ptr,
@@ -188,22 +199,26 @@ def multiply_bands(
     WARPS: tl.constexpr,
     SHARED: tl.constexpr,
     SHARE: tl.constexpr,
+    UNROLLED: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     """Two warps a band times the program's rows of x: ROWS / 2 * PRODUCTS sums a thread, as `wgmma_output` has them,
     the halves of the levels left out; q; and the address of SHARED bytes of shared memory.
 
     first: a thread's first tile, after which come count - 1 more; first_chunk: the number of the program's first chunk.
     Waits for the kernel before, which writes x, and starts to read weights before that. SHARE: how many blocks of a row
-    of x, from the first on, have one scale.
+    of x, from the first on, have one scale. UNROLLED: so many blocks, 1 or SCALE_BLOCKS, are done without a branch, of
+    which count is a multiple. LATE: see `Form`.
     """
-    SLOTS: tl.constexpr = choose_slots(ROWS, SHARED)
+    SLOTS: tl.constexpr = choose_slots(ROWS, PRODUCTS, SHARED, UNROLLED)
     SUMS: tl.constexpr = ROWS // 2  # of a product
     reserve_shared(x_ptr, count < 0, thread, SHARED)
     lane = thread % 32
     half = thread // 32 % 2
-    last = first + count - 1
-    tile = load_half_tile(tiles_ptr, norms_ptr, first, half, lane, WIDTH)
-    table = load_cached(table_ptr + thread * 0)
+    place = half_tile_place(tiles_ptr, norms_ptr, first, half, lane, WIDTH)
+    tile = load_half_tile_at(place, WIDTH)
+    # Of an address that could differ between lanes, so that ptxas keeps the words out of uniform registers.
+    table = load_cached(table_ptr + hidden_zero(lane))
     ring = open_ring(shared_memory(thread), thread, ROWS, SLOTS, WARPS)
     # Everything above was there before; x comes from the kernel before this one.
     q = lane % 4 + wait_for_previous_kernel(thread)
@@ -218,35 +233,43 @@ def multiply_bands(
     first_scales = scales_of(ring, q, ROWS, SLOTS)
     slot = 0
     parity = 0
-    done = 0
-    for step in range(0, count):
-        a = decode_half_tile(tile[0], tile[1], tile[2][0], tile[2][1], table, WIDTH)
-        n0 = norm_of(tile[3], 0)
-        n1 = norm_of(tile[3], 16)
-        tile = load_half_tile(tiles_ptr, norms_ptr, tl.minimum(first + step + 1, last), half, lane, WIDTH)
-        added = ()
-        for product in tl.static_range(PRODUCTS):
-            products = _start(a, wait_for_slot(ring, slot, parity, ROWS, SLOTS), ROWS)
-            _refill(ring, slot, parity, done, chunks, source, thread, ROWS, SLOTS)
-            products = _finish(products, ROWS)
-            own = sums[SUMS * product : SUMS * product + SUMS]
-            # Between the first and the last block that share scales, sums are what is to be multiplied by those.
-            if SHARE > 1 and step % SHARE == 0:
-                own = _times_scales(own, first_scales, slot, ROWS, True)
-            new = ()
-            for group in tl.static_range(ROWS // 8):
-                if SHARE > 1:
-                    new = new + _add(own, products, 4 * group, n0, n1)
-                else:
-                    scales = load_scales(first_scales, slot, group, ROWS, False)
-                    new = new + add_scaled(own, products, 4 * group, n0, n1, scales)
-            if SHARE > 1 and (step % SHARE == SHARE - 1 or step == count - 1):
-                new = _times_scales(new, first_scales, slot, ROWS, False)
-            added = added + new
-            release_slot(ring, slot, lane, ROWS, SLOTS)
-            slot, parity = next_slot(slot, parity, SLOTS)
-            done += 1
-        sums = added
+    for start in range(0, count, UNROLLED):
+        for block in tl.static_range(UNROLLED):
+            step = start + block
+            a = decode_half_tile(tile[0], tile[1], tile[2][0], tile[2][1], table, WIDTH)
+            n0 = norm_of(tile[3], 0)
+            n1 = norm_of(tile[3], 16)
+            if not LATE:
+                place, tile = _load_following(place, block, start + UNROLLED < count, UNROLLED, WIDTH)
+            added = ()
+            for product in tl.static_range(PRODUCTS):
+                done = step * PRODUCTS + product
+                if (UNROLLED * PRODUCTS) % SLOTS == 0:  # each has its slot, of which the compiler need not be told
+                    slot = start * 0 + (block * PRODUCTS + product) % SLOTS
+                    parity = done // SLOTS % 2
+                products = _start(a, wait_for_slot(ring, slot, parity, ROWS, SLOTS), ROWS)
+                _refill(ring, slot, parity, done, chunks, source, thread, ROWS, SLOTS)
+                products = _finish(products, ROWS)
+                if LATE and product == PRODUCTS - 1:
+                    place, tile = _load_following(place, block, start + UNROLLED < count, UNROLLED, WIDTH)
+                own = sums[SUMS * product : SUMS * product + SUMS]
+                # Between the first and the last block that share scales, sums are what is to be multiplied by those.
+                if SHARE > 1 and block % SHARE == 0 and start % SHARE == 0:
+                    own = _times_scales(own, first_scales, slot, ROWS, True)
+                new = ()
+                for group in tl.static_range(ROWS // 8):
+                    if SHARE > 1:
+                        new = new + _add(own, products, 4 * group, n0, n1)
+                    else:
+                        scales = load_scales(first_scales, slot, group, ROWS, False)
+                        new = new + add_scaled(own, products, 4 * group, n0, n1, scales)
+                if SHARE > 1 and block == UNROLLED - 1 and (step % SHARE == SHARE - 1 or step == count - 1):
+                    new = _times_scales(new, first_scales, slot, ROWS, False)
+                added = added + new
+                release_slot(ring, slot, lane, ROWS, SLOTS)
+                if (UNROLLED * PRODUCTS) % SLOTS != 0:
+                    slot, parity = next_slot(slot, parity, SLOTS)
+            sums = added
     return sums, q, ring
 
 
@@ -269,8 +292,11 @@ def _int8_wgmma_kernel(
     PRODUCTS: tl.constexpr,
     WARPS: tl.constexpr,
     SHARED: tl.constexpr,
+    UNROLLED: tl.constexpr,
+    LATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     LINES: tl.constexpr,
+    IN_PARTS: tl.constexpr,
 ):
     GROUPS: tl.constexpr = ROWS // 8 * PRODUCTS
     thread = tl.arange(0, 32 * WARPS)
@@ -296,6 +322,8 @@ def _int8_wgmma_kernel(
         WARPS,
         SHARED,
         _SHARE,
+        UNROLLED,
+        LATE,
     )
     first_row = tl.program_id(0) * (ROWS * PRODUCTS)
     halves = halves_ptr + first_row.to(tl.int64) * stride + first_block // 2
@@ -309,6 +337,8 @@ def _int8_wgmma_kernel(
     else:
         out = out_ptr + tl.program_id(2).to(tl.int64) * M * N
         store_each(sums, out, first_row, row, q, M, N, N, GROUPS)
+    if IN_PARTS:
+        gdc_launch_dependents()  # what adds up: each program of this kernel is done
 
 
 @triton.jit(do_not_specialize=["N"])  # of a size that is a multiple of 16 four sums are loaded at a time
@@ -365,8 +395,11 @@ def int8_wgmma_linear(
         PRODUCTS=form.products,
         WARPS=form.warps,
         SHARED=form.shared_bytes,
+        UNROLLED=form.unrolled if blocks % SCALE_BLOCKS == 0 else 1,
+        LATE=form.late,
         HAS_BIAS=bias is not None and splits == 1,
         LINES=splits == 1 and out_features % 8 == 0,
+        IN_PARTS=splits > 1,
         num_warps=form.warps,
         enable_fp_fusion=True,
         num_stages=1,

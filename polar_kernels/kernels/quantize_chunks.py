@@ -176,7 +176,7 @@ def _quantize_chunks_kernel(
         HAS_SCALES,
         WHOLE,
     )
-    # Not earlier: programs that come while these still run are put two on a multiprocessor, beside others that have none.
+    # Not earlier: programs that come while these still run are put two on a multiprocessor, and none on the next.
     gdc_launch_dependents()
 
 
@@ -202,7 +202,11 @@ def is_whole(x: torch.Tensor) -> bool:
 
 
 def quantize_chunks(
-    x: torch.Tensor, awq_scales: torch.Tensor | None, table: torch.Tensor, product_rows: int, products: int
+    x: torch.Tensor,
+    awq_scales: torch.Tensor | None,
+    table: torch.Tensor,
+    product_rows: int,
+    products: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] contiguous -> chunks of `ring`, int32 [programs, Kp / 128, products, words], and halves, bf16 [Mp, at
     least Kp / 128].

@@ -19,9 +19,12 @@ def chunk_words(rows: int) -> int:
 
 
 @triton.constexpr_function
-def choose_slots(rows: int, shared_bytes: int) -> int:
-    """How many slots of activations fit."""
-    return shared_bytes // ring_bytes(rows, 1)
+def choose_slots(rows: int, products: int, shared_bytes: int, unrolled: int) -> int:
+    """How many slots of activations: as many as fit, or where a loop is unrolled so many that it knows its slots."""
+    fitting = shared_bytes // ring_bytes(rows, 1)
+    if unrolled == 1:
+        return fitting
+    return max(slots for slots in range(1, fitting + 1) if unrolled * products % slots == 0)
 
 
 @triton.constexpr_function

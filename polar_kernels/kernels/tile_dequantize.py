@@ -8,6 +8,7 @@ and additions in registers the other three; a lane ends with runs of eight colum
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polar_kernels.kernels.decode_halves import decode_eight_halves
 from polar_kernels.kernels.ptx import load_cached, mma_halves, pack_halves, store_four, unpack_halves
@@ -93,6 +94,9 @@ def _tile_dequantize_kernel(
     ones = 0x3C003C00 ^ ((shared ^ (shared // 2)) & 1) * _BOTH_SIGNS ^ ((g & 1) << 31)
     zero = tl.zeros(lane.shape, tl.float32)
     columns = block * 128 + 8 * q
+    # The next kernel's tiles may be asked for meanwhile; what this one writes to may still be used by the one before.
+    gdc_launch_dependents()
+    gdc_wait()
     for half in tl.static_range(2):
         first_row = band * 32 + half * 16 + g
         w0 = tile[2 * half]
@@ -164,4 +168,5 @@ def dequantize_tiles(
         WARPS=_WARPS,
         num_warps=_WARPS,
         enable_fp_fusion=True,
+        launch_pdl=True,
     )

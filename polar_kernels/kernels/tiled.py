@@ -2,7 +2,7 @@
 
 | rows of x | int8 | exact |
 |---|---|---|
-| 1 to 32, to 64 of a small weight | int8_matmul | exact_matmul, 32 at a time, to 64 |
+| 1 to 32 | int8_matmul | exact_matmul, 32 at a time, to 64 |
 | to 768, to 256 of a tiny weight, to 2048 where K is no multiple of 512, on Hopper | int8_wgmma | dense |
 | more, of a weight that is not tiny, K a multiple of 512, on Hopper | int8_dense | dense |
 | else | dense | dense |
@@ -28,8 +28,7 @@ from polar_kernels.tiles import TILE_ROWS, untile_weight
 
 # Rows of x up to which a kernel is the fastest, from times on an H200, and on an H100 where wgmma is concerned.
 _EXACT_ROWS = 2 * exact_matmul.MAX_ROWS
-NARROW_ROWS = 32  # int8_matmul; twice as many where the weight is small: has at most so many tiles
-_SMALL_TILES = 4096
+NARROW_ROWS = 32  # int8_matmul
 _WGMMA_ROWS, _ODD_WGMMA_ROWS = 768, 2048  # the latter where int8_dense does not take K
 _TINY_WGMMA_ROWS, _TINY_TILES = 256, 1024  # where the weight is tiny: has at most so many tiles
 _NARROW_ONLY_ROWS = 2 * int8_matmul.MAX_ROWS  # int8_matmul on GPUs without wgmma
@@ -62,8 +61,7 @@ def tiled_linear(
         if can_be_dense and rows > _EXACT_ROWS:
             return _dense_linear(x, *weight)
         return _in_parts(exact_linear, exact_matmul.MAX_ROWS, x, weight)
-    small = len(tiles) <= _SMALL_TILES
-    if rows <= (2 * NARROW_ROWS if small else NARROW_ROWS):
+    if rows <= NARROW_ROWS:
         return int8_linear(x, *weight)
     wgmma = has_wgmma(x.device)
     tiny = len(tiles) <= _TINY_TILES

@@ -8,15 +8,22 @@ SCALE_BLOCKS = 4  # blocks of a row of x that have one scale; programs share the
 
 @dataclass(frozen=True)
 class Form:
-    """What a program takes. rows: of x; warps: each with 16 rows of the weight; registers: of a thread, at most;
-    resident: programs on a multiprocessor at a time; block_time: microseconds of a block of K, measured on an H100
-    with all of them at work, which is hardly more than with one."""
+    """What a program takes.
+
+    rows: of x; warps: each with 16 rows of the weight; registers: of a thread, at most; resident: programs on a
+    multiprocessor at a time; block_time: microseconds of a block of K with all of them at work; alone: what part of
+    that a block takes however few there are; unrolled: blocks of K without a branch; late: whether the next tile of
+    the weight is asked for only once there are registers, after the product.
+    """
 
     rows: int
     warps: int
     registers: int
     resident: int
     block_time: float
+    alone: float
+    unrolled: int = SCALE_BLOCKS
+    late: bool = False
 
     @property
     def product_rows(self) -> int:
@@ -30,35 +37,40 @@ class Form:
     @property
     def shared_bytes(self) -> int:
         """A power of two, so that all resident programs fit."""
-        return 1 << 17 if self.resident == 1 else 1 << 16
+        return {1: 1 << 17, 2: 1 << 16, 3: 1 << 16, 4: 1 << 15}[self.resident]
 
 
-FORMS = (Form(64, 8, 128, 2, 1.08), Form(128, 4, 168, 3, 1.14), Form(128, 8, 255, 1, 0.815), Form(256, 8, 255, 1, 1.37))
-_START_TIME = 2.0  # microseconds of a program outside its loop
+# Times as measured on an H200, all fitted together with those below; a cut chosen by them is 1 % slower than the best.
+FORMS = (
+    Form(64, 4, 128, 4, 0.834, 0.477),
+    Form(128, 4, 168, 3, 1.123, 0.655, unrolled=1, late=True),
+    Form(128, 8, 255, 1, 0.735, 1.0),
+    Form(256, 8, 255, 1, 1.439, 1.0, unrolled=1),
+)
+EXPERT_FORM = Form(64, 8, 128, 2, 1.0, 1.0)
+_WAVE_TIME = 1.5  # microseconds of a program outside its loop
+_SUM_TIME = 1.77  # of adding up a million sums of one of the programs that share K
 
 
 @lru_cache(maxsize=4096)
 def choose_cut(rows: int, out_features: int, blocks: int, multiprocessors: int) -> tuple[Form, int]:
-    """The form, and how many blocks of K a program takes at most. Figures measured on an H100."""
-    if rows <= FORMS[0].rows:
-        # About three programs a multiprocessor: while one starts or ends, two are at work.
-        programs = _cdiv(out_features, 16 * FORMS[0].warps)
-        splits = 1
-        while programs * splits * 2 <= 3 * multiprocessors and splits * 4 <= blocks:
-            splits *= 2
-        return FORMS[0], _split_blocks(blocks, splits)
+    """The form, and how many blocks of K a program takes at most."""
     shares = range(1, max(2, min(blocks // SCALE_BLOCKS, 16) + 1))
-    cuts = [(form, _split_blocks(blocks, share)) for form in FORMS[1:] for share in shares]
+    forms = FORMS[:1] if rows <= FORMS[0].rows else FORMS[1:]
+    cuts = [(form, _split_blocks(blocks, share)) for form in forms for share in shares]
     return min(cuts, key=lambda cut: _predict(cut[0], cut[1], rows, out_features, blocks, multiprocessors))
 
 
 def _predict(form: Form, split_blocks: int, rows: int, out_features: int, blocks: int, multiprocessors: int) -> float:
-    """Microseconds of the product without the rotation: as many waves of programs as it takes, and the adding up."""
+    """Microseconds of the product, but for what is the same for every cut: waves of programs, and the adding up."""
     splits = _cdiv(blocks, split_blocks)
     programs = _cdiv(rows, form.rows) * _cdiv(out_features, 16 * form.warps) * splits
-    waves = _cdiv(programs, form.resident * multiprocessors)
-    adding = splits * rows * out_features * 8 / 3.2e6 if splits > 1 else 0.0
-    return waves * (split_blocks * form.block_time + _START_TIME) + adding
+    whole_waves, left = divmod(programs, form.resident * multiprocessors)
+    time = whole_waves * (split_blocks * form.block_time + _WAVE_TIME)
+    if left:
+        busy = _cdiv(left, multiprocessors) / form.resident
+        time += split_blocks * form.block_time * (form.alone + (1 - form.alone) * busy) + _WAVE_TIME
+    return time + (_SUM_TIME * splits * rows * out_features / 1e6 if splits > 1 else 0.0)
 
 
 def _split_blocks(blocks: int, splits: int) -> int:

@@ -16,7 +16,7 @@ from polar_kernels import (
 from polar_kernels.kernels import int8_dense
 from polar_kernels.kernels import tiled as kernels_tiled
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
-from polar_kernels.kernels.wgmma_forms import FORMS, SCALE_BLOCKS, Form, choose_cut
+from polar_kernels.kernels.wgmma_forms import EXPERT_FORM, FORMS, SCALE_BLOCKS, Form, choose_cut
 from polar_kernels.tiles import level_table, tile_weight, untile_weight
 
 BITS = [2, 3, 4, 5]
@@ -172,6 +172,12 @@ def test_the_cut_fills_the_gpu(rows: int, blocks: int, out_features: int) -> Non
     assert out_features < 100_000 or splits == 1
     programs = -(-rows // form.rows) * -(-out_features // (16 * form.warps)) * splits
     assert programs >= 32 or split_blocks <= 16
+
+
+@pytest.mark.parametrize("form", (*FORMS, EXPERT_FORM))
+def test_a_multiprocessor_has_room_for_the_programs_of_a_form(form: Form) -> None:
+    assert form.resident * (form.shared_bytes + 1024) <= 228 << 10
+    assert form.resident * 32 * form.warps * form.registers <= 1 << 16
 
 
 @pytest.mark.parametrize("bias", [False, True])
