@@ -174,7 +174,7 @@ def test_the_cut_fills_the_gpu(rows: int, blocks: int, out_features: int) -> Non
     assert programs >= 32 or split_blocks <= 16
 
 
-@pytest.mark.parametrize("form", (*FORMS, EXPERT_FORM))
+@pytest.mark.parametrize("form", [*FORMS, EXPERT_FORM])
 def test_a_multiprocessor_has_room_for_the_programs_of_a_form(form: Form) -> None:
     assert form.resident * (form.shared_bytes + 1024) <= 228 << 10
     assert form.resident * 32 * form.warps * form.registers <= 1 << 16
