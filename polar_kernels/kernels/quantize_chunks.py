@@ -113,6 +113,8 @@ def quantize_row(
     v = _turn_lanes(v, lane, 1)
     v = _turn_lanes(v, lane, 2)
     peak = _peak(v)
+    # Not earlier: programs that come while these wait for x are put two on a multiprocessor, and none on the next.
+    gdc_launch_dependents()
     inverse, scale = scales_of_peak(peak, delta)
     scale = tl.maximum(scale, _LEAST_SCALE, propagate_nan=tl.PropagateNan.ALL)  # its inverse is finite
     words = ()
@@ -176,8 +178,6 @@ def _quantize_chunks_kernel(
         HAS_SCALES,
         WHOLE,
     )
-    # Not earlier: programs that come while these still run are put two on a multiprocessor, and none on the next.
-    gdc_launch_dependents()
 
 
 def empty_chunks(
@@ -202,11 +202,7 @@ def is_whole(x: torch.Tensor) -> bool:
 
 
 def quantize_chunks(
-    x: torch.Tensor,
-    awq_scales: torch.Tensor | None,
-    table: torch.Tensor,
-    product_rows: int,
-    products: int,
+    x: torch.Tensor, awq_scales: torch.Tensor | None, table: torch.Tensor, product_rows: int, products: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] contiguous -> chunks of `ring`, int32 [programs, Kp / 128, products, words], and halves, bf16 [Mp, at
     least Kp / 128].

@@ -123,7 +123,6 @@ def _quantize_both_kernel(
     WHOLE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    gdc_launch_dependents()
     number = tl.program_id(0)
     groups = blocks // _SHARE
     if number < x_programs:
@@ -160,6 +159,7 @@ def _quantize_both_kernel(
             rows,
             WIDTH,
         )
+        gdc_launch_dependents()
 
 
 def empty_scales(tiles: torch.Tensor, blocks: int) -> torch.Tensor:
