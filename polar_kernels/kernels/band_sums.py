@@ -78,24 +78,22 @@ def store_band(
 ):
     """Add up over the WARPS warps of the program, add the bias, round, add the residual [M, N], and store.
 
-    GROUPS: groups of the tensor cores' columns. PLANES: a thread holds 4 sums for each, times row q of 4 rows of x.
+    PLANES: of one group that is 4 rows of x, a thread holds 4 sums: times row q of x.
     """
     lane = thread % 32
     warp = thread // 32
-    VALUES: tl.constexpr = 4 if PLANES and GROUPS == 1 else 8
-    PARTS: tl.constexpr = GROUPS // 2 if PLANES and GROUPS > 1 else GROUPS
+    VALUES: tl.constexpr = 4 if PLANES else 8
     SHARE: tl.constexpr = 2 if WARPS < VALUES else 1
     scratch = tl.inline_asm_elementwise(_scratch_code(WARPS, VALUES), "=r,r", [thread], tl.int32, False, 1)
-    for part in tl.static_range(PARTS):
-        share = _sum_warps(sums, part, thread, scratch, WARPS, VALUES)
+    for group in tl.static_range(GROUPS):
+        share = _sum_warps(sums, group, thread, scratch, WARPS, VALUES)
         for i in tl.static_range(SHARE):
             index = warp % (VALUES // SHARE) * SHARE + i
-            if PLANES:
-                column = part * 8 + index // 4 * 4 + lane % 4
-                row = tl.program_id(0) * 32 + index % 4 * 8 + lane // 4
-            else:
-                column = part * 8 + 2 * (lane % 4) + index % 2
-                row = tl.program_id(0) * 32 + index // 2 * 8 + lane // 4
+            column = lane % 4
+            if not PLANES:
+                column = group * 8 + 2 * column + index % 2
+                index = index // 2
+            row = tl.program_id(0) * 32 + index * 8 + lane // 4
             keep = (column < M) & (row < N) & (warp < VALUES)
             y = share[i]
             if HAS_BIAS:

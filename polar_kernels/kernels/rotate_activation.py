@@ -1,4 +1,4 @@
-"""Activations into the rotated domain in their own 16 bits, in the order that exact products of experts read them."""
+"""Activations into the rotated domain in their own 16 bits, in the order that `exact_matmul` reads them."""
 
 import torch
 import triton
