@@ -141,7 +141,7 @@ def exact_linear(
         enable_fp_fusion=True,
         num_stages=1,
         launch_pdl=True,
-        maxnreg=96 if groups == 1 else None,
+        maxnreg=128,
     )
     return out
 
