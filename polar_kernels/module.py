@@ -97,7 +97,7 @@ class PolarModule(nn.Module):
     @property
     def activation(self) -> Activation:
         """`int8`: on GPUs that have the kernel for it, fp16 and bf16 inputs are rounded to int8 after the rotation, one
-        scale a 128-block. `exact`: by less than rounding to fp16 costs, or not at all."""
+        scale a 128-block. `exact`: no more than 16 bits cost, which is their dtype or finer."""
         return self._activation
 
     @activation.setter
