@@ -90,7 +90,7 @@ def wait_for_previous_kernel(thread):
 @triton.jit
 def hidden_zero(lane):
     """Zero, of which ptxas cannot tell that all threads have the same: what they load from one address it would keep in
-    uniform registers, and copy before each use."""
+    uniform registers, and copy before each use. lane: 0 to 31, of each thread its own."""
     return tl.inline_asm_elementwise(_HIDDEN_ZERO, "=r,r", [lane], tl.int32, True, 1)
 
 

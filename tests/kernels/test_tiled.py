@@ -77,7 +77,7 @@ def test_product(device, poisoned, tiled, relative_error, rows: int, dtype: torc
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 300])
+@pytest.mark.parametrize("rows", [0, 1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 48, 49, 65, 300])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_exact_product(device, poisoned, tiled, relative_error, rows: int, dtype: torch.dtype, bias: bool) -> None:
     """As close to fp64, within a factor of two, as the dense weight in the same dtype."""
