@@ -48,20 +48,23 @@ def new_folder(out: Path, overwrite: bool, kept: Path | None = None) -> Iterator
     """
     check_output(out, overwrite)
     partial = kept or out.parent / f".{out.name}.partial-{os.getpid()}"
-    try:
-        partial.mkdir(parents=True, exist_ok=kept is not None)
-        for unfinished in partial.glob(f".{_UNFINISHED}*"):
-            unfinished.unlink()
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
     left = "nothing was left behind" if kept is None else "what is finished is kept"
+    ours = kept is None  # from before it is made: an interrupt may come as soon as it is
     try:
-        yield partial
-        _replace(partial, out)
-    except OSError as error:
-        raise OutputError(f"{out}: could not be written: {error}; {left}") from error
+        try:
+            partial.mkdir(parents=True, exist_ok=kept is not None)
+            for unfinished in partial.glob(f".{_UNFINISHED}*"):
+                unfinished.unlink()
+        except OSError as error:
+            ours = False
+            raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
+        try:
+            yield partial
+            _replace(partial, out)
+        except OSError as error:
+            raise OutputError(f"{out}: could not be written: {error}; {left}") from error
     finally:
-        if kept is None:
+        if ours:
             shutil.rmtree(partial, ignore_errors=True)
 
 

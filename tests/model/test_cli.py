@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 
 from model_patch import cli
 from model_patch.checkpoint.reader import INDEX_NAME, SINGLE_NAME, Checkpoint, read_config
+from model_patch.checkpoint.writer import new_folder
 from model_patch.cli import ppl as ppl_module
 from model_patch.cli.app import app
 from model_patch.demo import EVALUATION_TEXT, MODEL
@@ -241,6 +242,27 @@ def test_ctrl_c_while_it_quantises_leaves_nothing(tiny: Path, tmp_path: Path) ->
     assert err.splitlines()[-1] == "polar: interrupted"
     assert "Traceback" not in err
     assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupt_as_soon_as_the_folder_is_there_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(folder: Path, pattern: str) -> Any:
+        assert os.listdir(tmp_path) == [folder.name]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "glob", interrupt)
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out", overwrite=False):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_of_that_name_that_somebody_else_has_made_stays(tmp_path: Path) -> None:
+    others = tmp_path / f".out.partial-{os.getpid()}"
+    others.mkdir()
+    with pytest.raises(OutputError, match="cannot be written"), new_folder(tmp_path / "out", overwrite=False):
+        pass
+    assert others.exists()
 
 
 FULL = f"""
