@@ -7,6 +7,16 @@ Signs go to the high bytes' top bits.
 import triton
 import triton.language as tl
 
+from polar_kernels.kernels.ptx import hidden_zero, load_cached
+
+
+@triton.jit
+def load_levels(table_ptr, lane, FIRST: tl.constexpr):
+    """Two tables of four words, those from word FIRST of a `level_table` on: the low and the high bytes of fp16 or bf16
+    levels, or the high and the low ones of levels in planes."""
+    levels_ptr = table_ptr + FIRST + hidden_zero(lane)
+    return load_cached(levels_ptr), load_cached(levels_ptr + 4)
+
 
 @triton.constexpr_function
 def decode_halves_code(step: int, width: int) -> str:

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from polar_kernels.kernels.band_sums import ROW_GROUP, store_band
-from polar_kernels.kernels.decode_halves import decode_eight_halves
-from polar_kernels.kernels.ptx import hidden_zero, load_cached, mma_halves, wait_for_previous_kernel
+from polar_kernels.kernels.decode_halves import decode_eight_halves, load_levels
+from polar_kernels.kernels.ptx import load_cached, mma_halves, wait_for_previous_kernel
 from polar_kernels.kernels.rotate_activation import rotate_activation
 from polar_kernels.kernels.tile_access import load_tile, norm_of
 from polar_kernels.tiles import BF16_LEVELS, FP16_LEVELS, PLANE_WORDS, TILE_ROWS
@@ -66,8 +66,7 @@ def _exact_matmul_kernel(
     g = lane // 4
     first = tl.program_id(0) * blocks
     tile = load_tile(tiles_ptr, first + tl.minimum(warp, blocks - 1), lane, WIDTH)
-    low = load_cached(table_ptr + LEVELS + hidden_zero(lane))
-    high = load_cached(table_ptr + LEVELS + 4 + hidden_zero(lane))
+    low, high = load_levels(table_ptr, lane, LEVELS)
     # Everything above was there before; x comes from the kernel before this one.
     q = lane % 4 + wait_for_previous_kernel(thread)
     sums = ()
@@ -122,7 +121,7 @@ def exact_linear(
     words = rotate_activation(x, awq_scales, groups * ROW_GROUP)
     bands = triton.cdiv(out_features, TILE_ROWS)
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
-    warps = _choose_warps(bands)
+    warps = choose_warps(bands)
     _exact_matmul_kernel[(bands,)](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int64),
@@ -146,7 +145,7 @@ def exact_linear(
     return out
 
 
-def _choose_warps(bands: int) -> int:
+def choose_warps(bands: int) -> int:
     """Warps that share a band: few bands want many each, to fill the GPU. Measured on an H200."""
     if bands <= 128:
         return 16

@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 
 from polar_kernels.kernels.band_sums import store_band
+from polar_kernels.kernels.decode_halves import load_levels
 from polar_kernels.kernels.decode_planes import decode_step
-from polar_kernels.kernels.ptx import as_float, hidden_zero, load_cached, mma_s8, wait_for_previous_kernel
+from polar_kernels.kernels.exact_matmul import choose_warps
+from polar_kernels.kernels.ptx import as_float, load_cached, mma_s8, wait_for_previous_kernel
 from polar_kernels.kernels.quantize_planes import quantize_planes
 from polar_kernels.kernels.tile_access import load_plane, load_tile, norm_of
 from polar_kernels.tiles import PLANE_LEVELS, PLANE_WORDS, TILE_ROWS
@@ -79,8 +81,8 @@ def _exact_planes_kernel(
     g = lane // 4
     first = tl.program_id(0) * blocks
     tile = load_tile(tiles_ptr, first + tl.minimum(warp, blocks - 1), lane, WIDTH)
-    levels_ptr = table_ptr + _LEVELS + hidden_zero(lane)
-    levels = load_cached(levels_ptr) + load_cached(levels_ptr + 4)
+    high, low = load_levels(table_ptr, lane, _LEVELS)
+    levels = high + low
     # Everything above was there before; x and meta come from the kernel before this one.
     q = lane % 4 + wait_for_previous_kernel(thread)
     zero = tl.zeros(lane.shape, tl.float32)
@@ -123,7 +125,7 @@ def exact_planes_linear(
     words, meta = quantize_planes(x, awq_scales, table, MAX_ROWS)
     bands = triton.cdiv(out_features, TILE_ROWS)
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
-    warps = _choose_warps(bands)
+    warps = choose_warps(bands)
     _exact_planes_kernel[(bands,)](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int64),
@@ -145,10 +147,3 @@ def exact_planes_linear(
         maxnreg=128 if warps == 16 else 80 if warps == 8 else None,
     )
     return out
-
-
-def _choose_warps(bands: int) -> int:
-    """Warps that share a band: few bands want many each, to fill the GPU."""
-    if bands <= 128:
-        return 16
-    return 8 if bands < 4096 else 4

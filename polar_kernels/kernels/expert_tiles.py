@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
+from polar_kernels.kernels.decode_halves import load_levels
 from polar_kernels.kernels.decode_int8 import decode_half_tile
 from polar_kernels.kernels.exact_matmul import multiply_half_tile_exactly
 from polar_kernels.kernels.int8_matmul import multiply_half_tile
-from polar_kernels.kernels.ptx import as_float, hidden_zero, load_cached
+from polar_kernels.kernels.ptx import as_float, load_cached
 from polar_kernels.tiles import BF16_LEVELS, FP16_LEVELS
 
 _FP16_LEVELS, _BF16_LEVELS = tl.constexpr(FP16_LEVELS), tl.constexpr(BF16_LEVELS)
@@ -17,8 +18,7 @@ def load_table(table_ptr, thread, EXACT: tl.constexpr, DTYPE: tl.constexpr):
     """The table a thread decodes with: bytes, or the low and the high bytes of levels in DTYPE."""
     if EXACT:
         LEVELS: tl.constexpr = _BF16_LEVELS if tl.bfloat16 == DTYPE else _FP16_LEVELS
-        levels_ptr = table_ptr + LEVELS + hidden_zero(thread % 32)
-        return load_cached(levels_ptr), load_cached(levels_ptr + 4)
+        return load_levels(table_ptr, thread % 32, LEVELS)
     else:
         table = load_cached(table_ptr + thread * 0)
         return table, table

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 
 from polar_kernels.kernels.expert_groups import Grouped
-from polar_kernels.kernels.int8_wgmma import multiply_bands
 from polar_kernels.kernels.ptx import wait_for_previous_kernel
 from polar_kernels.kernels.quantize_grouped import GROUP_ROWS
+from polar_kernels.kernels.wgmma_blocks import multiply_bands
 from polar_kernels.kernels.wgmma_forms import EXPERT_FORM, SCALE_BLOCKS
 from polar_kernels.kernels.wgmma_output import add_halves
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS

@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from polar_kernels.kernels.int8_wgmma import add_scaled
 from polar_kernels.kernels.ptx import wait_for_previous_kernel
 from polar_kernels.kernels.requantize_tiles import CHUNK_ROWS, CHUNK_WORDS, quantize_both, requantize_tiles
 from polar_kernels.kernels.ring import (
@@ -26,6 +25,7 @@ from polar_kernels.kernels.ring import (
     shared_memory,
     wait_for_slot,
 )
+from polar_kernels.kernels.wgmma_blocks import add_scaled
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS
 from polar_kernels.kernels.wgmma_output import add_bias, store_each, store_lines
 from polar_kernels.tiles import TILE_ROWS

@@ -1,4 +1,4 @@
-"""Activations into the rotated domain and into 16 bits, in one launch, as two planes of int8 for `exact_matmul`.
+"""Activations into the rotated domain and into 16 bits, in one launch, as two planes of int8 for `exact_planes`.
 
 A block of a row is rounded to integers X of one scale, and X = 256 h + l with h and l in int8: two columns of what the
 tensor cores take, 2 m and 2 m + 1 of row m. One warp takes one block of one row, as in `quantize_activation`.

@@ -10,8 +10,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polar_kernels.hadamard import BLOCK_SIZE
-from polar_kernels.kernels.decode_halves import decode_eight_halves
-from polar_kernels.kernels.ptx import hidden_zero, load_cached, store_four
+from polar_kernels.kernels.decode_halves import decode_eight_halves, load_levels
+from polar_kernels.kernels.ptx import store_four
 from polar_kernels.kernels.quantize_chunks import empty_chunks, is_whole, quantize_row
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS
 from polar_kernels.tiles import FP16_LEVELS, LEVEL_STEP, PLANE_WORDS, TILE_ROWS
@@ -58,8 +58,7 @@ def _requantize_group(
     odd = thread % 4 // 2  # the second step of a plane
     first = band * blocks + group * _SHARE
     number = first + thread // 32
-    low = load_cached(table_ptr + _LEVELS + hidden_zero(thread % 32))
-    high = load_cached(table_ptr + _LEVELS + 4 + hidden_zero(thread % 32))
+    low, high = load_levels(table_ptr, thread % 32, _LEVELS)
     delta = tl.load(table_ptr + _STEP).to(tl.float32, bitcast=True)
     plane = tiles_ptr + number.to(tl.int64) * (_PLANE_WORDS * WIDTH) + g * 16
     chunk = (band // _BANDS).to(tl.int64) * blocks + group * _SHARE + thread // 32

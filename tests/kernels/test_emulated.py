@@ -278,7 +278,7 @@ def test_exact_product_in_planes(
     random_weight, relative_error, monkeypatch, x_rows: int, rows: int, columns: int, bits: int, awq: bool, warps: int
 ) -> None:
     """Rounded to fp16, and by less than that before; a row that is not finite stays by itself."""
-    monkeypatch.setattr(exact_planes, "_choose_warps", lambda bands: warps)
+    monkeypatch.setattr(exact_planes, "choose_warps", lambda bands: warps)
     packed, norms, scales, centroids = random_weight(rows, columns, bits, awq=awq)
     own = (*tile_weight(packed, norms, bits), scales, level_table(centroids))
     x, bias = torch.randn(x_rows, columns).half(), torch.randn(rows) if awq else None
