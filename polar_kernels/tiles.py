@@ -27,7 +27,9 @@ TILE_ROWS = 32
 PLANE_WORDS = 128
 _LANES, _LANE_WORDS = 32, 4
 # Where things are in a `level_table`.
-FP16_LEVELS, BF16_LEVELS, LEVEL_STEP, PLANE_STEP, PLANE_LEVELS, LEVEL_WORDS = 4, 12, 20, 21, 24, 32
+FP16_LEVELS, BF16_LEVELS, LEVEL_STEP, PLANE_STEP, PLANE_LEVELS, PART_LEVELS = 4, 12, 20, 21, 24, 32
+PARTS = 255
+LEVEL_WORDS = PART_LEVELS + 4 * (PARTS + 1)
 LEVEL_HALVES = 64.5  # what the complement of both of its bytes leaves of a level in two planes
 _CHUNK_TILES = 1 << 9  # rearranged at a time; keeps the temporaries under 100 MB
 
@@ -166,7 +168,8 @@ def level_table(centroids: torch.Tensor) -> torch.Tensor:
 
     0..3: the positive levels, 16 at most, as bytes v, four a word, level ~ (v + 1/2) * delta; from FP16_LEVELS and
     BF16_LEVELS: four words of the low and four of the high bytes of the levels in that type; LEVEL_STEP: delta's bits;
-    from PLANE_LEVELS: four words of the h and four of the l of `plane_levels`, and PLANE_STEP its delta's bits.
+    from PLANE_LEVELS: four words of the h and four of the l of `plane_levels`, and PLANE_STEP its delta's bits; from
+    PART_LEVELS: of each i in 0..PARTS four words like the first, of the levels times i / PARTS.
     Raises ArgumentError for a table that the layout cannot hold.
     """
     if not is_tileable(centroids):
@@ -176,8 +179,15 @@ def level_table(centroids: torch.Tensor) -> torch.Tensor:
     high, low, plane_delta = plane_levels(positive)
     deltas = torch.tensor([delta, plane_delta, 0, 0], dtype=torch.float32).view(torch.int32)
     halves = (*_split_bytes(positive.half()), *_split_bytes(positive.bfloat16()))
-    words = [_bytes_to_words(steps), *halves, deltas, _bytes_to_words(high), _bytes_to_words(low)]
-    return torch.cat(words).to(centroids.device)
+    planes = (_bytes_to_words(high), _bytes_to_words(low))
+    parts = _bytes_to_words(_part_levels(positive, delta)).flatten()
+    return torch.cat([_bytes_to_words(steps), *halves, deltas, *planes, parts]).to(centroids.device)
+
+
+def _part_levels(positive: torch.Tensor, delta: float) -> torch.Tensor:
+    """Bytes v int32 [PARTS + 1, levels], for which (v + 1/2) * delta is closest to i / PARTS times the levels."""
+    parts = torch.arange(PARTS + 1, dtype=torch.float64)[:, None] / PARTS
+    return (parts * positive.double() / delta - 0.5).round().clamp(0, 127).int()
 
 
 def _split_bytes(levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,5 +236,5 @@ def _closest_steps(positive: torch.Tensor, offset: float, most: int) -> tuple[to
 
 
 def _bytes_to_words(values: torch.Tensor) -> torch.Tensor:
-    """int32 [16 at most] in 0..255 -> int32 [4], little-endian, zeros where there are fewer."""
-    return torch.nn.functional.pad(values.to(torch.uint8), (0, 16 - len(values))).view(torch.int32)
+    """int32 [.., 16 at most] in 0..255 -> int32 [.., 4], little-endian, zeros where there are fewer."""
+    return torch.nn.functional.pad(values.to(torch.uint8), (0, 16 - values.shape[-1])).view(torch.int32)

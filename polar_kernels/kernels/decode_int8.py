@@ -13,11 +13,12 @@ import triton.language as tl
 
 
 @triton.constexpr_function
-def decode_int8_code(step: int, width: int) -> str:
+def decode_int8_code(step: int, width: int, spread: bool) -> str:
     """PTX: eight weights of the word $2 and, of width 5, the sign word $3, by the table $4..$7, to two registers.
 
-    step: which of the block's four times 32 columns.
+    step: which of the block's four times 32 columns; spread: one more operation goes to where the multiplications are.
     """
+    upper_half = "dp2a.lo.u32.u32 {0}, {1}, 0x100, 0;"
 
     def nibbles(out: str, selector: str, top_bits: int) -> str:
         return f"prmt.b32 lo, $4, $5, {selector}; prmt.b32 m, up, $2, {top_bits}; xor.b32 {out}, lo, m;"
@@ -39,16 +40,17 @@ def decode_int8_code(step: int, width: int) -> str:
     return (
         "{ .reg .b32 b, up, lo, hi, s; xor.b32 up, $2, 0x88888888;"
         + four("$0", "$2", "up", 2 * step)
-        + " dp2a.lo.u32.u32 b, $2, 0x100, 0; xor.b32 up, b, 0x8888;"
+        + upper_half.format("b", "$2")
+        + (upper_half.format("up", "up") if spread else "xor.b32 up, b, 0x8888;")
         + four("$1", "b", "up", 2 * step + 1)
         + " }"
     )
 
 
 @triton.jit
-def _decode_eight(step: tl.constexpr, word, signs, table, WIDTH: tl.constexpr):
+def _decode_eight(step: tl.constexpr, word, signs, table, WIDTH: tl.constexpr, SPREAD: tl.constexpr):
     return tl.inline_asm_elementwise(
-        decode_int8_code(step, WIDTH),
+        decode_int8_code(step, WIDTH, SPREAD),
         "=&r,=&r,r,r,r,r,r,r",
         [word, signs, table[0], table[1], table[2], table[3]],
         (tl.int32, tl.int32),
@@ -58,14 +60,18 @@ def _decode_eight(step: tl.constexpr, word, signs, table, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def decode_half_tile(w0, w1, signs0, signs1, table, WIDTH: tl.constexpr):
-    """The A fragments of 16 rows by 128 columns: four registers for each of four steps of 32 columns."""
-    a0, a2 = _decode_eight(0, w0[0], signs0, table, WIDTH)
-    a1, a3 = _decode_eight(0, w0[1], signs1, table, WIDTH)
-    b0, b2 = _decode_eight(1, w0[2], signs0, table, WIDTH)
-    b1, b3 = _decode_eight(1, w0[3], signs1, table, WIDTH)
-    c0, c2 = _decode_eight(2, w1[0], signs0, table, WIDTH)
-    c1, c3 = _decode_eight(2, w1[1], signs1, table, WIDTH)
-    d0, d2 = _decode_eight(3, w1[2], signs0, table, WIDTH)
-    d1, d3 = _decode_eight(3, w1[3], signs1, table, WIDTH)
+def decode_half_tile(w0, w1, signs0, signs1, upper, lower, WIDTH: tl.constexpr, SPREAD: tl.constexpr = False):
+    """The A fragments of 16 rows by 128 columns: four registers for each of four steps of 32 columns.
+
+    upper: the table of a lane's row among the first 8; lower: among the others. SPREAD: faster where products leave the
+    pipe of multiplications room, as `wgmma` does.
+    """
+    a0, a2 = _decode_eight(0, w0[0], signs0, upper, WIDTH, SPREAD)
+    a1, a3 = _decode_eight(0, w0[1], signs1, lower, WIDTH, SPREAD)
+    b0, b2 = _decode_eight(1, w0[2], signs0, upper, WIDTH, SPREAD)
+    b1, b3 = _decode_eight(1, w0[3], signs1, lower, WIDTH, SPREAD)
+    c0, c2 = _decode_eight(2, w1[0], signs0, upper, WIDTH, SPREAD)
+    c1, c3 = _decode_eight(2, w1[1], signs1, lower, WIDTH, SPREAD)
+    d0, d2 = _decode_eight(3, w1[2], signs0, upper, WIDTH, SPREAD)
+    d1, d3 = _decode_eight(3, w1[3], signs1, lower, WIDTH, SPREAD)
     return a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3

@@ -67,7 +67,7 @@ def _load_unit(
 def _decode(tile, levels, HALVES: tl.constexpr, WIDTH: tl.constexpr):
     """Its 16 or twice 16 rows in int8."""
     if HALVES == 2:
-        return (decode_half_tile(tile[0], tile[1], tile[2][0], tile[2][1], levels[0], WIDTH),)
+        return (decode_half_tile(tile[0], tile[1], tile[2][0], tile[2][1], levels[0], levels[0], WIDTH),)
     else:
         return decode_tile(tile, levels, WIDTH)
 

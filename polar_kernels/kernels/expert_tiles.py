@@ -46,8 +46,8 @@ def load_scale(meta_ptr, rows, row, block):
 @triton.jit
 def decode_tile(tile, levels, WIDTH: tl.constexpr):
     """The upper and the lower 16 rows of a tile in int8."""
-    upper = decode_half_tile(tile[0], tile[1], tile[4][0], tile[4][1], levels[0], WIDTH)
-    lower = decode_half_tile(tile[2], tile[3], tile[4][2], tile[4][3], levels[0], WIDTH)
+    upper = decode_half_tile(tile[0], tile[1], tile[4][0], tile[4][1], levels[0], levels[0], WIDTH)
+    lower = decode_half_tile(tile[2], tile[3], tile[4][2], tile[4][3], levels[0], levels[0], WIDTH)
     return upper, lower
 
 

@@ -7,63 +7,61 @@ import triton.language as tl
 from polar_kernels.kernels.expert_groups import Grouped
 from polar_kernels.kernels.ptx import wait_for_previous_kernel
 from polar_kernels.kernels.quantize_grouped import GROUP_ROWS
-from polar_kernels.kernels.wgmma_blocks import multiply_bands
+from polar_kernels.kernels.shared_memory import shared_memory, shared_piece
+from polar_kernels.kernels.wgmma_blocks import multiply_bands, piece_bytes
 from polar_kernels.kernels.wgmma_forms import EXPERT_FORM, SCALE_BLOCKS
-from polar_kernels.kernels.wgmma_output import add_halves
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
-_ROWS = tl.constexpr(GROUP_ROWS)
+_ROWS, _SHARE = tl.constexpr(GROUP_ROWS), tl.constexpr(SCALE_BLOCKS)
 
 
-@triton.jit(do_not_specialize=["bands", "blocks", "stride"])
+@triton.jit(do_not_specialize=["bands", "blocks"])
 def _expert_wgmma_kernel(
     tiles_ptr,
     norms_ptr,
     table_ptr,
     x_ptr,
-    halves_ptr,
     order_ptr,
     groups_ptr,
     out_ptr,
     bands,
     blocks,
-    stride,
     WIDTH: tl.constexpr,
     WARPS: tl.constexpr,
-    SHARED: tl.constexpr,
-    UNROLLED: tl.constexpr,
+    X_SLOTS: tl.constexpr,
 ):
     thread = tl.arange(0, 32 * WARPS)
-    band = tl.program_id(0) * (WARPS // 2) + thread // 64
+    first_band = tl.program_id(0) * (WARPS // 2)
     number = tl.program_id(1).to(tl.int64)
     expert = tl.load(groups_ptr + number * 4, volatile=True)
     start = tl.load(groups_ptr + number * 4 + 1, volatile=True)
     stop = tl.load(groups_ptr + number * 4 + 2, volatile=True)
+    SIZE: tl.constexpr = piece_bytes(_ROWS, X_SLOTS, WIDTH, WARPS)
+    shared = shared_piece(shared_memory(x_ptr, blocks < 0, thread, 1, SIZE), 0, 1, SIZE)
     if start < stop:
-        first = (expert * bands + tl.minimum(band, bands - 1)) * blocks
-        sums, q, _ = multiply_bands(
+        padded = tl.cdiv(blocks, _SHARE) * _SHARE
+        sums = multiply_bands(
             tiles_ptr,
             norms_ptr,
             table_ptr,
             x_ptr,
-            number * blocks,
-            first,
+            number * padded,
+            (expert * bands + first_band) * blocks,
             blocks,
+            bands - first_band,
+            blocks,
+            padded,
+            padded,
+            shared,
             thread,
             WIDTH,
             _ROWS,
-            1,
             WARPS,
-            SHARED,
-            1,
-            UNROLLED,
-            False,
+            X_SLOTS,
         )
-        g = thread % 32 // 4
-        half = thread // 32 % 2
-        halves = halves_ptr + number * _ROWS * stride
-        sums = add_halves(sums, norms_ptr, halves, first, blocks, stride, g, half, q, _ROWS // 8)
-        row = band * 32 + half * 16 + g
+        q = thread % 4
+        band = first_band + thread // 64
+        row = band * 32 + thread // 32 % 2 * 16 + thread % 32 // 4
         for i in tl.static_range(8):
             for e in tl.static_range(2):
                 member = start + i * 8 + 2 * q + e
@@ -78,7 +76,6 @@ def _expert_wgmma_kernel(
 
 def expert_wgmma(
     words: torch.Tensor,
-    halves: torch.Tensor,
     grouped: Grouped,
     out: torch.Tensor,
     tiles: torch.Tensor,
@@ -93,17 +90,14 @@ def expert_wgmma(
         norms_ptr=tile_norms.view(torch.int32),
         table_ptr=table,
         x_ptr=words,
-        halves_ptr=halves.view(torch.int32),
         order_ptr=grouped.order,
         groups_ptr=grouped.groups,
         out_ptr=out,
         bands=bands,
         blocks=tiles.shape[0] // (bands * experts),
-        stride=halves.shape[1] // 2,
         WIDTH=tiles.shape[1] // PLANE_WORDS,
         WARPS=EXPERT_FORM.warps,
-        SHARED=EXPERT_FORM.shared_bytes,
-        UNROLLED=SCALE_BLOCKS if tiles.shape[0] // (bands * experts) % SCALE_BLOCKS == 0 else 1,
+        X_SLOTS=EXPERT_FORM.x_slots,
         num_warps=EXPERT_FORM.warps,
         enable_fp_fusion=True,
         num_stages=1,

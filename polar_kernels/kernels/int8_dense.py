@@ -19,12 +19,11 @@ from polar_kernels.kernels.ring import (
     next_slot,
     open_ring,
     release_slot,
-    reserve_shared,
     ring_bytes,
     scales_of,
-    shared_memory,
     wait_for_slot,
 )
+from polar_kernels.kernels.shared_memory import shared_memory, shared_piece
 from polar_kernels.kernels.wgmma_blocks import add_scaled
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS
 from polar_kernels.kernels.wgmma_output import add_bias, store_each, store_lines
@@ -106,8 +105,7 @@ def multiply_groups(w_ptr, w_scales_ptr, x_ptr, row, N, groups, scales_line, thr
     shared memory. row: g of the thread's rows of the weight. Waits for the kernel before, which writes both.
     """
     lane = thread % 32
-    reserve_shared(x_ptr, groups < 0, thread, _SHARED)
-    shared = shared_memory(thread)
+    shared = shared_piece(shared_memory(x_ptr, groups < 0, thread, 1, _SHARED), thread * 0, 1, _SHARED)
     x_ring = open_ring(shared, thread, _R, _NX, _W)
     w_ring = open_ring(shared + _FIRST_W, thread, _R, _NW, _W, False)
     ready = wait_for_previous_kernel(thread)
@@ -122,6 +120,7 @@ def multiply_groups(w_ptr, w_scales_ptr, x_ptr, row, N, groups, scales_line, thr
     for _ in tl.static_range(_SUMS * _NP):
         sums = sums + (tl.zeros(lane.shape, tl.float32),)
     scales = scales_of(x_ring, lane % 4, _R, _NX)
+    no_half = tl.zeros(lane.shape, tl.float32)
     own_rows = thread // 128 * (64 * 128)  # where the warpgroup's rows start in a chunk of the weight
     slot = 0
     parity = 0
@@ -147,7 +146,9 @@ def multiply_groups(w_ptr, w_scales_ptr, x_ptr, row, N, groups, scales_line, thr
             products = tl.inline_asm_elementwise(_FINISH, _FINISH_CONSTRAINTS, products, _TYPES, False, 1)
             own = sums[_SUMS * product : _SUMS * product + _SUMS]
             for i in tl.static_range(_R // 8):
-                added = added + add_scaled(own, products, 4 * i, n0, n1, load_scales(scales, slot, i, _R, False))
+                own_scales = load_scales(scales, slot, i, _R)
+                own_scales = (own_scales[0], own_scales[1], no_half, no_half)
+                added = added + add_scaled(own, products, 4 * i, n0, n1, own_scales)
             done = product * _SHARE + _SHARE - 1
             _leave(x_ring, w_ring, slot, parity, done, group, groups, x_source, w_source, thread)
             slot, parity = next_slot(slot, parity, _NX)

@@ -72,8 +72,8 @@ def _int8_matmul_kernel(
         block = step * WARPS + warp
         inside = block < blocks
         block = tl.minimum(block, blocks - 1)
-        upper = decode_half_tile(tile[0], tile[1], tile[4][0], tile[4][1], table, WIDTH)
-        lower = decode_half_tile(tile[2], tile[3], tile[4][2], tile[4][3], table, WIDTH)
+        upper = decode_half_tile(tile[0], tile[1], tile[4][0], tile[4][1], table, table, WIDTH)
+        lower = decode_half_tile(tile[2], tile[3], tile[4][2], tile[4][3], table, table, WIDTH)
         tile = load_tile(tiles_ptr, first + tl.minimum(block + WARPS, blocks - 1), lane, WIDTH)
         norms = tl.load(norms_ptr + (first + block).to(tl.int64) * 8 + g, mask=inside, other=0)
         n0 = norm_of(norms, 0)

@@ -1,108 +1,127 @@
 """The product for more rows on Hopper: codes decoded to int8 in registers, multiplied by `wgmma`, x in shared memory.
 
-A program takes 16 rows of the weight a warp by 64, 128 or 256 of x. `wgmma_blocks` multiplies, `wgmma_forms` has the
+A program takes 16 rows of the weight a warp by 64 or 128 of x. `wgmma_blocks` multiplies, `wgmma_forms` has the
 ways to cut a product into programs, `wgmma_output` what happens to the sums in the end. Where the weight has too few
-rows to fill the GPU, programs split the blocks of K, and a second kernel adds up.
+rows to fill the GPU, the warps of a program share the blocks of K, and programs do, whose sums a second kernel adds up.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from polar_kernels.kernels.ptx import first_lane
 from polar_kernels.kernels.quantize_chunks import quantize_chunks
-from polar_kernels.kernels.wgmma_blocks import multiply_bands
+from polar_kernels.kernels.shared_memory import shared_memory, shared_piece
+from polar_kernels.kernels.wgmma_blocks import multiply_bands, piece_bytes
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS, Form, choose_cut
-from polar_kernels.kernels.wgmma_output import add_bias, add_halves, store_each, store_lines
+from polar_kernels.kernels.wgmma_output import add_parts, add_shares, store_part, store_sums
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
-_SUM_SIZE = 1024
 _SHARE = tl.constexpr(SCALE_BLOCKS)
 
 
-@triton.jit(do_not_specialize=["M", "N", "blocks", "split_blocks", "stride"])
+@triton.jit(do_not_specialize=["M", "N", "blocks", "split_blocks"])
 def _int8_wgmma_kernel(
     tiles_ptr,
     norms_ptr,
     table_ptr,
     x_ptr,
-    halves_ptr,
     bias_ptr,
     out_ptr,
+    parts_ptr,
     M,
     N,
     blocks,
     split_blocks,
-    stride,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
-    PRODUCTS: tl.constexpr,
     WARPS: tl.constexpr,
-    SHARED: tl.constexpr,
-    UNROLLED: tl.constexpr,
-    LATE: tl.constexpr,
+    SHARES: tl.constexpr,
+    X_SLOTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     LINES: tl.constexpr,
     IN_PARTS: tl.constexpr,
 ):
-    GROUPS: tl.constexpr = ROWS // 8 * PRODUCTS
-    thread = tl.arange(0, 32 * WARPS)
-    g = thread % 32 // 4
-    half = thread // 32 % 2
-    band = tl.program_id(1) * (WARPS // 2) + thread // 64
-    first_block = tl.program_id(2) * split_blocks
-    count = tl.minimum(blocks - first_block, split_blocks)
-    first = tl.minimum(band, tl.cdiv(N, 32) - 1) * blocks + first_block
-    first_chunk = (tl.program_id(0).to(tl.int64) * blocks + first_block) * PRODUCTS
-    sums, q, shared = multiply_bands(
+    GROUPS: tl.constexpr = ROWS // 8 // SHARES
+    SIZE: tl.constexpr = piece_bytes(ROWS, X_SLOTS, WIDTH, WARPS)
+    all_threads = tl.arange(0, 32 * WARPS * SHARES)
+    memory = shared_memory(x_ptr, blocks < 0, all_threads, SHARES, SIZE)
+    thread = all_threads % (32 * WARPS)
+    share = tl.program_id(2) * 0
+    if SHARES > 1:
+        share = first_lane(all_threads // (32 * WARPS))
+    shared = shared_piece(memory, share, SHARES, SIZE)
+    first_band = tl.program_id(1) * (WARPS // 2)
+    program_block = tl.program_id(2) * (SHARES * split_blocks)
+    first_block = program_block + share * split_blocks
+    padded = tl.cdiv(blocks, _SHARE) * _SHARE
+    sums = multiply_bands(
         tiles_ptr,
         norms_ptr,
         table_ptr,
         x_ptr,
-        first_chunk,
-        first,
-        count,
+        tl.program_id(0).to(tl.int64) * padded + first_block,
+        first_band * blocks + first_block,
+        blocks,
+        tl.cdiv(N, 32) - first_band,
+        tl.minimum(blocks - first_block, split_blocks),
+        tl.minimum(padded - first_block, split_blocks),
+        tl.minimum(padded - program_block, split_blocks),
+        shared,
         thread,
         WIDTH,
         ROWS,
-        PRODUCTS,
         WARPS,
-        SHARED,
-        _SHARE,
-        UNROLLED,
-        LATE,
+        X_SLOTS,
     )
-    first_row = tl.program_id(0) * (ROWS * PRODUCTS)
-    halves = halves_ptr + first_row.to(tl.int64) * stride + first_block // 2
-    sums = add_halves(sums, norms_ptr, halves, first, count, stride, g, half, q, GROUPS)
-    row = band * 32 + half * 16 + g
-    if HAS_BIAS:
-        sums = add_bias(sums, bias_ptr, row, N, GROUPS)
-    if LINES:
-        first_column = tl.program_id(1) * (16 * WARPS)
-        store_lines(sums, out_ptr, shared, thread, first_row, first_column, M, N, N, GROUPS, WARPS)
-    else:
-        out = out_ptr + tl.program_id(2).to(tl.int64) * M * N
-        store_each(sums, out, first_row, row, q, M, N, N, GROUPS)
+    first_row = tl.program_id(0) * ROWS
+    if SHARES > 1:
+        sums = add_shares(sums, memory, share, thread, ROWS // 8, SHARES, SIZE, WARPS)
+        first_row += share * (ROWS // SHARES)
     if IN_PARTS:
+        tile = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        place = tile * tl.num_programs(2) + tl.program_id(2)
+        store_part(sums, parts_ptr, place, all_threads, GROUPS, WARPS * SHARES)
         gdc_launch_dependents()  # what adds up: each program of this kernel is done
+    else:
+        first_column = first_band * 32
+        store_sums(
+            sums, bias_ptr, out_ptr, shared, thread, first_row, first_column, M, N, GROUPS, WARPS, HAS_BIAS, LINES
+        )
 
 
-@triton.jit(do_not_specialize=["N"])  # of a size that is a multiple of 16 four sums are loaded at a time
-def _add_splits_kernel(
-    parts_ptr, bias_ptr, out_ptr, size, N, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, SIZE: tl.constexpr
+@triton.jit(do_not_specialize=["M", "N"])
+def _add_parts_kernel(
+    parts_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
+    SHARES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    LINES: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    keep = index < size
-    y = tl.zeros((SIZE,), tl.float32)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + index % N, mask=keep, other=0.0).to(tl.float32)
+    """A program adds up the parts of 16 rows of x and stores them."""
+    GROUPS: tl.constexpr = ROWS // 8 // SHARES
+    SIZE: tl.constexpr = 16 * (32 * WARPS + 16)
+    thread = tl.arange(0, 32 * WARPS)
+    pair = tl.program_id(2)
+    shared = shared_piece(shared_memory(parts_ptr, M < 0, thread, 1, SIZE), 0, 1, SIZE)
     gdc_wait()
-    for split in tl.static_range(SPLITS):  # unrolled, so that no load waits for another
-        y += tl.load(parts_ptr + split * size.to(tl.int64) + index, mask=keep, other=0.0)
-    tl.store(out_ptr + index, y.to(out_ptr.dtype.element_ty), mask=keep)
+    place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * SPLITS
+    first = pair % (GROUPS // 2) * 2
+    own = pair // (GROUPS // 2) * (32 * WARPS) + thread
+    sums = add_parts(parts_ptr, place, first, own, GROUPS, WARPS * SHARES, SPLITS)
+    first_row = tl.program_id(0) * ROWS + pair * 16
+    first_column = tl.program_id(1) * (16 * WARPS)
+    store_sums(sums, bias_ptr, out_ptr, shared, thread, first_row, first_column, M, N, 2, WARPS, HAS_BIAS, LINES)
 
 
 def int8_wgmma_linear(
@@ -117,58 +136,49 @@ def int8_wgmma_linear(
 ) -> torch.Tensor:
     """x [M, K] contiguous, bf16 or fp16, times the transposed weight, plus bias: [M, N] in x's dtype.
 
-    cut: the form, and how many blocks of K a program takes at most, a multiple of SCALE_BLOCKS; by shape when None.
+    cut: the form, and how many blocks of K a share of a program takes at most, a multiple of SCALE_BLOCKS; by shape
+    when None.
     """
     rows = x.shape[0]
     blocks = tiles.shape[0] // triton.cdiv(out_features, TILE_ROWS)
     form, split_blocks = cut or choose_cut(rows, out_features, blocks, _multiprocessors(x.device))
-    words, halves = quantize_chunks(x, awq_scales, table, form.product_rows, form.products)
-    splits = triton.cdiv(blocks, split_blocks)
+    words = quantize_chunks(x, awq_scales, table, form.rows)
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
-    parts = out if splits == 1 else torch.empty(splits, rows, out_features, dtype=torch.float32, device=x.device)
-    _int8_wgmma_kernel[(words.shape[0], triton.cdiv(out_features, 16 * form.warps), splits)](
+    row_programs, columns = words.shape[0], triton.cdiv(out_features, 16 * form.warps)
+    splits = triton.cdiv(blocks, split_blocks * form.shares)
+    sums = row_programs * form.rows * columns * 16 * form.warps
+    parts = out if splits == 1 else torch.empty(splits, sums, dtype=torch.float32, device=x.device)
+    common: dict[str, Any] = {
+        "parts_ptr": parts,
+        "bias_ptr": bias,
+        "out_ptr": out,
+        "M": rows,
+        "N": out_features,
+        "ROWS": form.rows,
+        "WARPS": form.warps,
+        "SHARES": form.shares,
+        "HAS_BIAS": bias is not None,
+        "LINES": out_features % 8 == 0,
+        "enable_fp_fusion": True,
+        "launch_pdl": True,
+    }
+    _int8_wgmma_kernel[(row_programs, columns, splits)](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int32),
         table_ptr=table,
         x_ptr=words,
-        halves_ptr=halves.view(torch.int32),
-        bias_ptr=bias if splits == 1 else None,
-        out_ptr=parts,
-        M=rows,
-        N=out_features,
         blocks=blocks,
         split_blocks=split_blocks,
-        stride=halves.shape[1] // 2,
         WIDTH=tiles.shape[1] // PLANE_WORDS,
-        ROWS=form.product_rows,
-        PRODUCTS=form.products,
-        WARPS=form.warps,
-        SHARED=form.shared_bytes,
-        UNROLLED=form.unrolled if blocks % SCALE_BLOCKS == 0 else 1,
-        LATE=form.late,
-        HAS_BIAS=bias is not None and splits == 1,
-        LINES=splits == 1 and out_features % 8 == 0,
+        X_SLOTS=form.x_slots,
         IN_PARTS=splits > 1,
-        num_warps=form.warps,
-        enable_fp_fusion=True,
+        num_warps=form.warps * form.shares,
         num_stages=1,
-        launch_pdl=True,
         maxnreg=form.registers,
+        **common,
     )
     if splits > 1:
-        _add_splits_kernel[(triton.cdiv(out.numel(), _SUM_SIZE),)](
-            parts_ptr=parts,
-            bias_ptr=bias,
-            out_ptr=out,
-            size=out.numel(),
-            N=out_features,
-            SPLITS=splits,
-            HAS_BIAS=bias is not None,
-            SIZE=_SUM_SIZE,
-            num_warps=4,
-            enable_fp_fusion=True,
-            launch_pdl=True,
-        )
+        _add_parts_kernel[(row_programs, columns, form.rows // 16)](SPLITS=splits, num_warps=form.warps, **common)
     return out
 
 

@@ -35,6 +35,7 @@ _STORE = tl.constexpr(
 )
 _STORE_TWO = tl.constexpr("{ .reg .pred p; setp.ne.u32 p, $4, 0; mov.b32 $0, 0; @p st.global.v2.b32 [$1], {$2, $3}; }")
 _HIDDEN_ZERO = tl.constexpr("{ .reg .b32 t; shfl.sync.bfly.b32 t, $1, 0, 0x1f, 0xffffffff; shr.u32 $0, t, 5; }")
+_FIRST_LANE = tl.constexpr("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;")
 _SWAP_LANES = tl.constexpr("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;")
 
 
@@ -92,6 +93,12 @@ def hidden_zero(lane):
     """Zero, of which ptxas cannot tell that all threads have the same: what they load from one address it would keep in
     uniform registers, and copy before each use. lane: 0 to 31, of each thread its own."""
     return tl.inline_asm_elementwise(_HIDDEN_ZERO, "=r,r", [lane], tl.int32, True, 1)
+
+
+@triton.jit
+def first_lane(x):
+    """x of the warp's first lane, of which ptxas can tell that all lanes have the same."""
+    return tl.inline_asm_elementwise(_FIRST_LANE, "=r,r", [x], tl.int32, True, 1)
 
 
 @triton.jit

@@ -33,14 +33,19 @@ def quantize_lanes(x0, x1, x2, x3, delta):
     """The same of a block that is rotated and in registers."""
     peak = max_lanes(largest_of_four(x0, x1, x2, x3), 5)
     inverse, scale = scales_of_peak(peak, delta)
+    word, total = pack_lanes(x0, x1, x2, x3, inverse)
+    # Levels are (v + 1/2) * delta, so that half the block's sum is missing from the integer product.
+    return word, 0.5 * sum_lanes(total.to(tl.float32), 5) * scale, scale
+
+
+@triton.jit
+def pack_lanes(x0, x1, x2, x3, inverse):
+    """Four values times `inverse` as the bytes of a word, and the sum of the integers that they were rounded to."""
     q0 = _round(x0 * inverse)
     q1 = _round(x1 * inverse)
     q2 = _round(x2 * inverse)
     q3 = _round(x3 * inverse)
-    total = sum_lanes((q0 + q1 + q2 + q3).to(tl.float32), 5)
-    word = (q0 & 0xFF) | ((q1 & 0xFF) << 8) | ((q2 & 0xFF) << 16) | (q3 << 24)
-    # Levels are (v + 1/2) * delta, so that half the block's sum is missing from the integer product.
-    return word, 0.5 * total * scale, scale
+    return (q0 & 0xFF) | ((q1 & 0xFF) << 8) | ((q2 & 0xFF) << 16) | (q3 << 24), q0 + q1 + q2 + q3
 
 
 @triton.jit(do_not_specialize=["K", "blocks", "padded_rows"])

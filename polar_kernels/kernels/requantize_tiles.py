@@ -100,12 +100,11 @@ def _requantize_kernel(tiles_ptr, norms_ptr, table_ptr, out_ptr, scales_ptr, blo
     )
 
 
-@triton.jit(do_not_specialize=["K", "blocks", "products", "stride", "rows", "x_programs"])
+@triton.jit(do_not_specialize=["K", "blocks", "products", "rows", "x_programs"])
 def _quantize_both_kernel(
     x_ptr,
     x_scales_ptr,
     words_ptr,
-    halves_ptr,
     tiles_ptr,
     norms_ptr,
     table_ptr,
@@ -114,7 +113,6 @@ def _quantize_both_kernel(
     K,
     blocks,
     products,
-    stride,
     rows,
     x_programs,
     ROWS: tl.constexpr,
@@ -130,7 +128,6 @@ def _quantize_both_kernel(
             x_ptr,
             x_scales_ptr,
             words_ptr,
-            halves_ptr,
             table_ptr,
             (number // parts).to(tl.int64),
             number % parts * (_SHARE * _SHARE),
@@ -138,7 +135,6 @@ def _quantize_both_kernel(
             K,
             blocks,
             products,
-            stride,
             ROWS,
             HAS_SCALES,
             WHOLE,
@@ -177,9 +173,9 @@ def quantize_both(
     products: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_chunks` for CHUNK_ROWS rows an instruction and `requantize_tiles` in one launch: the chunks of x, and
-    the scales. K: a multiple of 128 * SCALE_BLOCKS. The halves are left behind: the weight's integers need none."""
+    the scales. K: a multiple of 128 * SCALE_BLOCKS. The halves are not needed: the weight's integers lack none."""
     rows, in_features = x.shape
-    words, halves = empty_chunks(rows, in_features, CHUNK_ROWS, products, x.device)
+    words = empty_chunks(rows, in_features, CHUNK_ROWS, products, x.device)
     blocks = words.shape[1]
     scales = empty_scales(tiles, blocks)
     groups, bands = len(scales), len(tiles) // blocks
@@ -188,7 +184,6 @@ def quantize_both(
         x_ptr=x,
         x_scales_ptr=awq_scales,
         words_ptr=words,
-        halves_ptr=halves,
         tiles_ptr=tiles,
         norms_ptr=tile_norms,
         table_ptr=table,
@@ -197,7 +192,6 @@ def quantize_both(
         K=in_features,
         blocks=blocks,
         products=products,
-        stride=halves.shape[1],
         rows=scales.shape[1],
         x_programs=x_programs,
         ROWS=CHUNK_ROWS,

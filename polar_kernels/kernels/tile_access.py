@@ -36,37 +36,18 @@ def load_tile(tiles_ptr, tile, lane, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def half_tile_place(tiles_ptr, norms_ptr, tile, half, lane, WIDTH: tl.constexpr):
-    """Where a lane reads 16 rows of a tile, the first or the second: of magnitudes, of signs, and of norms.
+def load_half_tile(tiles_ptr, norms_ptr, tile, half, lane, WIDTH: tl.constexpr):
+    """16 rows of a tile, the first or the second: two planes of magnitudes, two words of signs, and one of two norms.
 
     norms_ptr: int32, two norms a word.
     """
     start = tiles_ptr + tile.to(tl.int64) * (_PLANE_WORDS * WIDTH) + lane * 4
-    signs = start + 4 * _PLANE_WORDS + half * 2
-    return start + half * (2 * _PLANE_WORDS), signs, norms_ptr + tile.to(tl.int64) * 16 + lane // 4 * 2 + half
-
-
-@triton.jit
-def further_place(place, tiles, WIDTH: tl.constexpr):
-    """The place in the tile that comes so many later."""
-    words = tiles * (_PLANE_WORDS * WIDTH)
-    return place[0] + words, place[1] + words, place[2] + tiles * 16
-
-
-@triton.jit
-def load_half_tile_at(place, WIDTH: tl.constexpr):
-    """16 rows of a tile: two planes of magnitudes, two words of signs, and one of two norms."""
-    first = load_stream(place[0])
-    second = load_stream(place[0] + _PLANE_WORDS)
+    first = load_stream(start + half * (2 * _PLANE_WORDS))
+    second = load_stream(start + half * (2 * _PLANE_WORDS) + _PLANE_WORDS)
     signs = (first[0], first[1])
     if WIDTH == 5:
-        signs = load_stream_two(place[1])
-    return first, second, signs, tl.load(place[2])
-
-
-@triton.jit
-def load_half_tile(tiles_ptr, norms_ptr, tile, half, lane, WIDTH: tl.constexpr):
-    return load_half_tile_at(half_tile_place(tiles_ptr, norms_ptr, tile, half, lane, WIDTH), WIDTH)
+        signs = load_stream_two(start + 4 * _PLANE_WORDS + half * 2)
+    return first, second, signs, tl.load(norms_ptr + tile.to(tl.int64) * 16 + lane // 4 * 2 + half)
 
 
 @triton.jit

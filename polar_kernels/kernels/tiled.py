@@ -3,7 +3,7 @@
 | rows of x | int8 | exact |
 |---|---|---|
 | 1 to 32 | int8_matmul | exact_planes to 4, exact_matmul, 16 at a time, to 48 |
-| to 768, to 256 of a tiny weight, to 2048 where K is no multiple of 512, on Hopper | int8_wgmma | dense |
+| to 1536, to 1024 of a tiny weight, to 2048 where K is no multiple of 512, on Hopper | int8_wgmma | dense |
 | more, of a weight that is not tiny, K a multiple of 512, on Hopper | int8_dense | dense |
 | else | dense | dense |
 
@@ -30,8 +30,8 @@ from polar_kernels.tiles import TILE_ROWS, untile_weight
 # Rows of x up to which a kernel is the fastest, from times on an H200, and on an H100 where wgmma is concerned.
 _EXACT_ROWS = 3 * exact_matmul.MAX_ROWS
 NARROW_ROWS = 32  # int8_matmul
-_WGMMA_ROWS, _ODD_WGMMA_ROWS = 768, 2048  # the latter where int8_dense does not take K
-_TINY_WGMMA_ROWS, _TINY_TILES = 256, 1024  # where the weight is tiny: has at most so many tiles
+_WGMMA_ROWS, _ODD_WGMMA_ROWS = 1536, 2048  # the latter where int8_dense does not take K
+_TINY_WGMMA_ROWS, _TINY_TILES = 1024, 1024  # where the weight is tiny: has at most so many tiles
 _NARROW_ONLY_ROWS = 2 * int8_matmul.MAX_ROWS  # int8_matmul on GPUs without wgmma
 _SCRATCH_BYTES = 64 << 20  # of dense weight that a dense product holds at a time, at most
 _SCRATCH_PRODUCT = 1 << 23  # outputs of a part: about two waves of cuBLAS's tiles on a Hopper GPU

@@ -122,8 +122,8 @@ def _many(
         for source, weight, out in ((x, gate_up, both), (both, down, made)):
             gated = source is both
             scales, table = weight.awq_scales, weight.level_table
-            parts = quantize_grouped(source, scales, table, grouped.places, len(grouped.groups), gated=gated)
-            expert_wgmma.expert_wgmma(*parts, grouped, out, weight.tiles, weight.tile_norms, table, count)
+            words = quantize_grouped(source, scales, table, grouped.places, len(grouped.groups), gated=gated)
+            expert_wgmma.expert_wgmma(words, grouped, out, weight.tiles, weight.tile_norms, table, count)
     else:
         for source, weight, out in ((x, gate_up, both), (both, down, made)):
             words, meta = _rotated(source, weight, exact, gated=source is both, routed=True)

@@ -1,85 +1,105 @@
 """A run of blocks of K through `wgmma`: codes decoded to int8 in registers, x from a ring in shared memory (`ring`).
 
-A warpgroup takes 64 rows of the weight. It decodes a block of K, multiplies it by 64 or 128 rows of x at a time, and
-turns the integer sums into floats, times the norm of the weight's row and the scale of x's row. Each of these waits for
-the one before; several warpgroups of a multiprocessor take turns.
+A warpgroup takes 64 rows of the weight. Four blocks of K at a time are multiplied by 64 or 128 rows of x and added up
+in integers: a row of the weight looks up its levels times its norm of the block over the largest of the four
+(`part_levels`). Then the integers become floats, times that largest norm and the scale of x's row. Decoding and
+multiplying wait for each other; several warpgroups of a multiprocessor take turns.
 """
 
 import triton
 import triton.language as tl
 
 from polar_kernels.kernels.decode_int8 import decode_half_tile
-from polar_kernels.kernels.ptx import hidden_zero, load_cached, wait_for_previous_kernel
+from polar_kernels.kernels.part_levels import largest_norms, load_norms, load_part_levels
+from polar_kernels.kernels.ptx import first_lane, wait_for_previous_kernel
 from polar_kernels.kernels.ring import (
-    choose_slots,
     chunk_words,
     fill_slot,
     load_scales,
-    next_slot,
     open_ring,
     release_slot,
-    reserve_shared,
+    ring_bytes,
     scales_of,
-    shared_memory,
     wait_for_slot,
 )
-from polar_kernels.kernels.tile_access import further_place, half_tile_place, load_half_tile_at, norm_of
+from polar_kernels.kernels.tile_ring import (
+    band_place,
+    fill_tiles,
+    lane_places,
+    load_ring_tile,
+    open_tile_ring,
+    refill,
+    tile_ring_bytes,
+    wait_for_tables,
+)
+from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS
+from polar_kernels.tiles import PLANE_WORDS
+
+_SHARE, _PLANE_WORDS = tl.constexpr(SCALE_BLOCKS), tl.constexpr(PLANE_WORDS)
 
 
-def _start_code(rows: int) -> str:
+def _start_code(rows: int, first: bool) -> str:
     """PTX: start 64 rows of the weight by one 128-block, 16 registers a thread, times 64 or 128 rows of x.
 
-    $0..: the sums of a thread; then the 16 registers and the address of x in shared memory.
+    $0..: the sums of a thread, to which they are added unless this is the first; then the 16 registers and the address
+    of x in shared memory.
     """
     count = rows // 2
+    a_start = count if first else 2 * count
     sums = ", ".join(f"${i}" for i in range(count))
     code = [
-        "{ .reg .b32 at; .reg .b64 x; .reg .pred p; setp.ne.b32 p, 0, 0; wgmma.fence.sync.aligned;",
-        f"shr.u32 at, ${count + 16}, 4; or.b32 at, at, 0x10000;",
+        f"{{ .reg .b32 at; .reg .b64 x; .reg .pred p; setp.{'ne' if first else 'eq'}.b32 p, 0, 0;"
+        f"wgmma.fence.sync.aligned; shr.u32 at, ${a_start + 16}, 4; or.b32 at, at, 0x10000;",
     ]
     for step in range(4):
-        a = ", ".join(f"${count + 4 * step + i}" for i in range(4))
+        a = ", ".join(f"${a_start + 4 * step + i}" for i in range(4))
         # The descriptor's upper half: bytes from 8 rows to the next, over 16, and the swizzle of 128 bytes.
         code.append("mov.b64 x, {at, 0x40000040};")
         code.append(f"wgmma.mma_async.sync.aligned.m64n{rows}k32.s32.s8.s8 {{{sums}}}, {{{a}}}, x, p;")
-        if step == 0:  # the first product is not added to what was there
-            code.append("setp.eq.b32 p, 0, 0;")
-        code.append("add.u32 at, at, 2;")
+        code.append("setp.eq.b32 p, 0, 0; add.u32 at, at, 2;")
     code.append("wgmma.commit_group.sync.aligned; }")
     return " ".join(code)
 
 
-_START_64, _START_128 = tl.constexpr(_start_code(64)), tl.constexpr(_start_code(128))
+def _same(count: int) -> list[str]:
+    """Constraints: inputs that are in the registers of the outputs."""
+    return [str(i) for i in range(count)]
+
+
+_START_64, _START_128 = tl.constexpr(_start_code(64, True)), tl.constexpr(_start_code(128, True))
+_GO_ON_64, _GO_ON_128 = tl.constexpr(_start_code(64, False)), tl.constexpr(_start_code(128, False))
 _START_64_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 32 + ["r"] * 17))
 _START_128_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 64 + ["r"] * 17))
-_FINISH_64_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 32 + [str(i) for i in range(32)]))
-_FINISH_128_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 64 + [str(i) for i in range(64)]))
+_GO_ON_64_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 32 + _same(32) + ["r"] * 17))
+_GO_ON_128_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 64 + _same(64) + ["r"] * 17))
+_FINISH_64_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 32 + _same(32)))
+_FINISH_128_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 64 + _same(64)))
 _TYPES_64, _TYPES_128 = tl.constexpr((tl.int32,) * 32), tl.constexpr((tl.int32,) * 64)
 _FINISH = tl.constexpr("wgmma.wait_group.sync.aligned 0;")
-# Four sums $0..$3 plus the integers $8..$11 times the norms of two rows of the weight and, of these, the scales of two
-# rows of x.
-_ADD_SCALED = tl.constexpr(
-    "{ .reg .f32 product, factor;"
-    + " ".join(
-        f"cvt.rn.f32.s32 product, ${8 + i}; mul.f32 factor, ${12 + i // 2}, ${14 + i % 2};"
-        f"fma.rn.f32 ${i}, product, factor, ${i};"
-        for i in range(4)
-    )
-    + " }"
-)
+# Four sums $0..$3 plus the integers $8..$11 times the scales of two rows of x, plus their halves, all times the norms
+# of two rows of the weight.
 _ADD = tl.constexpr(
     "{ .reg .f32 product;"
-    + " ".join(f"cvt.rn.f32.s32 product, ${8 + i}; fma.rn.f32 ${i}, product, ${12 + i // 2}, ${i};" for i in range(4))
+    + " ".join(
+        f"cvt.rn.f32.s32 product, ${8 + i}; fma.rn.f32 product, product, ${14 + i % 2}, ${16 + i % 2};"
+        f"fma.rn.f32 ${i}, product, ${12 + i // 2}, ${i};"
+        for i in range(4)
+    )
     + " }"
 )
 
 
 @triton.jit
-def _start(a, x, ROWS: tl.constexpr):
-    if ROWS == 64:
+def _start(products, a, x, FIRST: tl.constexpr, ROWS: tl.constexpr):
+    """The products plus those of a block, or those alone, once they are finished."""
+    if ROWS == 64 and FIRST:
         return tl.inline_asm_elementwise(_START_64, _START_64_CONSTRAINTS, a + (x,), _TYPES_64, False, 1)
-    else:
+    elif ROWS == 64:
+        return tl.inline_asm_elementwise(_GO_ON_64, _GO_ON_64_CONSTRAINTS, products + a + (x,), _TYPES_64, False, 1)
+    elif FIRST:
         return tl.inline_asm_elementwise(_START_128, _START_128_CONSTRAINTS, a + (x,), _TYPES_128, False, 1)
+    else:
+        return tl.inline_asm_elementwise(_GO_ON_128, _GO_ON_128_CONSTRAINTS, products + a + (x,), _TYPES_128, False, 1)
 
 
 @triton.jit
@@ -92,18 +112,18 @@ def _finish(products, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _add(sums, products, at: tl.constexpr, n0, n1):
-    """Sums `at` .. at + 3 plus the products of two rows of x and two of the weight, times the norms of those.
+def add_scaled(sums, products, at: tl.constexpr, n0, n1, scales):
+    """Sums `at` .. at + 3 plus the products of two rows of x and two of the weight, times the scales of both.
 
-    One block of assembly, so that a sum stays in its register.
+    scales: as `load_scales` gives them. One block of assembly, so that a sum stays in its register.
     """
     return tl.inline_asm_elementwise(
         _ADD,
-        "=f,=f,=f,=f,0,1,2,3,r,r,r,r,f,f",
+        "=f,=f,=f,=f,0,1,2,3,r,r,r,r,f,f,f,f,f,f",
         [
             sums[at], sums[at + 1], sums[at + 2], sums[at + 3],
             products[at], products[at + 1], products[at + 2], products[at + 3],
-            n0, n1,
+            n0, n1, scales[0], scales[1], scales[2], scales[3],
         ],
         (tl.float32, tl.float32, tl.float32, tl.float32),
         False,
@@ -111,62 +131,19 @@ def _add(sums, products, at: tl.constexpr, n0, n1):
     )  # fmt: skip
 
 
-@triton.jit
-def add_scaled(sums, products, at: tl.constexpr, n0, n1, scales):
-    """Sums `at` .. at + 3 plus the products of two rows of x and two of the weight, times the scales of both."""
-    return tl.inline_asm_elementwise(
-        _ADD_SCALED,
-        "=f,=f,=f,=f,0,1,2,3,r,r,r,r,f,f,f,f",
-        [
-            sums[at], sums[at + 1], sums[at + 2], sums[at + 3],
-            products[at], products[at + 1], products[at + 2], products[at + 3],
-            n0, n1, scales[0], scales[1],
-        ],
-        (tl.float32, tl.float32, tl.float32, tl.float32),
-        False,
-        1,
-    )  # fmt: skip
+@triton.constexpr_function
+def piece_bytes(rows: int, x_slots: int, width: int, warps: int) -> int:
+    """Shared memory that `multiply_bands` takes, in bytes."""
+    return -(-(ring_bytes(rows, x_slots) + tile_ring_bytes(width, warps)) // 1024) * 1024
 
 
 @triton.jit
-def _times_scales(sums, first_scales, slot, ROWS: tl.constexpr, INVERSE: tl.constexpr):
-    """Sums of a product times the scales of its rows of x, or divided by them."""
-    scaled = ()
-    for group in tl.static_range(ROWS // 8):
-        s0, s1 = load_scales(first_scales, slot, group, ROWS, INVERSE)
-        scaled = scaled + (
-            sums[4 * group] * s0,
-            sums[4 * group + 1] * s1,
-            sums[4 * group + 2] * s0,
-            sums[4 * group + 3] * s1,
-        )
-    return scaled
-
-
-@triton.jit
-def _refill(ring, slot, parity, done, count, source, thread, ROWS: tl.constexpr, SLOTS: tl.constexpr):
-    """Start copying a later chunk into the slot of some chunks ago, once all warps have left it.
-
-    Of two chunks ago, so that a warpgroup that lags is not waited for; with few slots of the last.
-    """
-    LATE: tl.constexpr = 2 if SLOTS > 3 else 1
-    slot -= LATE
-    parity = tl.where(slot < 0, parity ^ 1, parity)
-    slot = tl.where(slot < 0, slot + SLOTS, slot)
-    later = done - LATE + SLOTS
-    copies = ((thread == 0) & (done >= LATE) & (later < count)).to(tl.int32)
-    fill_slot(ring, slot, parity, copies, source + later.to(tl.int64) * (4 * chunk_words(ROWS)), ROWS, SLOTS, True)
-
-
-@triton.jit
-def _load_following(place, block: tl.constexpr, more, UNROLLED: tl.constexpr, WIDTH: tl.constexpr):
-    """The tile after the one of a block, and the place of the first of the next blocks once it is the last of UNROLLED.
-    more: whether there are any; the last tile is followed by itself."""
-    if block == UNROLLED - 1:
-        place = further_place(place, tl.where(more, UNROLLED, UNROLLED - 1), WIDTH)
-        return place, load_half_tile_at(place, WIDTH)
+def _chunk_parity(group_parity, block: tl.constexpr, X_SLOTS: tl.constexpr):
+    """How often, modulo 2, a block's slot has been used before."""
+    if X_SLOTS == _SHARE:
+        return group_parity if block >= 0 else group_parity ^ 1
     else:
-        return place, load_half_tile_at(further_place(place, block + 1, WIDTH), WIDTH)
+        return group_parity * 0 + block // X_SLOTS % 2
 
 
 @triton.jit
@@ -176,84 +153,89 @@ def multiply_bands(
     table_ptr,
     x_ptr,
     first_chunk,
-    first,
+    first_tile,
+    band_tiles,
+    bands,
     count,
+    chunks,
+    steps,
+    shared,
     thread,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
-    PRODUCTS: tl.constexpr,
     WARPS: tl.constexpr,
-    SHARED: tl.constexpr,
-    SHARE: tl.constexpr,
-    UNROLLED: tl.constexpr,
-    LATE: tl.constexpr,
+    X_SLOTS: tl.constexpr,
 ):
-    """Two warps a band times the program's rows of x: ROWS / 2 * PRODUCTS sums a thread, as `wgmma_output` has them,
-    the halves of the levels left out; q; and the address of SHARED bytes of shared memory.
+    """What WARPS warps do: two a band, times ROWS rows of x. A thread's ROWS / 2 sums, as `wgmma_output` has them.
 
-    first: a thread's first tile, after which come count - 1 more; first_chunk: the number of the program's first chunk.
-    Waits for the kernel before, which writes x, and starts to read weights before that. SHARE: how many blocks of a row
-    of x, from the first on, have one scale. UNROLLED: so many blocks, 1 or SCALE_BLOCKS, are done without a branch, of
-    which count is a multiple. LATE: see `Form`.
+    first_tile: the first of `count` tiles of the first band; band_tiles: from there to the next band's; bands: how many
+    there are, of which warps beyond the last take the last. first_chunk: the number of the first of `chunks` chunks,
+    whole groups of SCALE_BLOCKS. steps: of blocks, for all warps of the program, as many or more; of those beyond the
+    last, norms are zero. shared: the address of `piece_bytes`; thread: of the warps; X_SLOTS: for chunks, 1, 2 or 4.
+    Waits for the kernel before, which writes x, and starts to read weights before that.
     """
-    SLOTS: tl.constexpr = choose_slots(ROWS, PRODUCTS, SHARED, UNROLLED)
-    SUMS: tl.constexpr = ROWS // 2  # of a product
-    reserve_shared(x_ptr, count < 0, thread, SHARED)
+    TILE: tl.constexpr = 4 * _PLANE_WORDS * WIDTH  # bytes
+    CHUNK: tl.constexpr = 4 * chunk_words(ROWS)
     lane = thread % 32
-    half = thread // 32 % 2
-    place = half_tile_place(tiles_ptr, norms_ptr, first, half, lane, WIDTH)
-    tile = load_half_tile_at(place, WIDTH)
-    # Of an address that could differ between lanes, so that ptxas keeps the words out of uniform registers.
-    table = load_cached(table_ptr + hidden_zero(lane))
-    ring = open_ring(shared_memory(thread), thread, ROWS, SLOTS, WARPS)
+    warp = first_lane(thread // 32)
+    tile = first_tile + tl.minimum(warp // 2, bands - 1) * band_tiles
+    norms_place = norms_ptr + tile.to(tl.int64) * 16 + lane // 4 * 2 + warp % 2
+    norms = load_norms(norms_place, 0, count)
+    tile_ring = open_tile_ring(shared + ring_bytes(ROWS, X_SLOTS), table_ptr, thread, WIDTH, WARPS)
+    ring = open_ring(shared, thread, ROWS, X_SLOTS, WARPS)
+    place = band_place(tile_ring, warp // 2, WIDTH, WARPS)
+    role = tl.where(lane == 0, tl.where(warp % 2 == 1, 2, (warp == 0).to(tl.int32)), 0)
+    first_tile_at = tiles_ptr.to(tl.int64) + tile.to(tl.int64) * TILE
+    fill_tiles(place, role, count - 1, first_tile_at, WIDTH, WARPS)
     # Everything above was there before; x comes from the kernel before this one.
     q = lane % 4 + wait_for_previous_kernel(thread)
-    chunks = count * PRODUCTS
-    source = x_ptr.to(tl.int64) + first_chunk.to(tl.int64) * (4 * chunk_words(ROWS))
-    for filled in tl.static_range(SLOTS):
-        copies = ((thread == 0) & (filled < chunks)).to(tl.int32)
-        fill_slot(ring, filled, 0, copies, source + filled * (4 * chunk_words(ROWS)), ROWS, SLOTS, False)
+    first_chunk_at = x_ptr.to(tl.int64) + first_chunk.to(tl.int64) * CHUNK
+    for block in tl.static_range(X_SLOTS):
+        chunk_at = first_chunk_at + tl.minimum(block, chunks - 1) * CHUNK
+        fill_slot(ring, q * 0 + block, 0, (role == 1).to(tl.int32), chunk_at, ROWS, X_SLOTS, False)
     sums = ()
-    for _ in tl.static_range(SUMS * PRODUCTS):
+    for _ in tl.static_range(ROWS // 2):
         sums = sums + (tl.zeros(lane.shape, tl.float32),)
-    first_scales = scales_of(ring, q, ROWS, SLOTS)
-    slot = 0
-    parity = 0
-    for start in range(0, count, UNROLLED):
-        for block in tl.static_range(UNROLLED):
-            step = start + block
-            a = decode_half_tile(tile[0], tile[1], tile[2][0], tile[2][1], table, WIDTH)
-            n0 = norm_of(tile[3], 0)
-            n1 = norm_of(tile[3], 16)
-            if not LATE:
-                place, tile = _load_following(place, block, start + UNROLLED < count, UNROLLED, WIDTH)
-            added = ()
-            for product in tl.static_range(PRODUCTS):
-                done = step * PRODUCTS + product
-                if (UNROLLED * PRODUCTS) % SLOTS == 0:  # each block has its own slots: known to the compiler
-                    slot = start * 0 + (block * PRODUCTS + product) % SLOTS
-                    parity = done // SLOTS % 2
-                products = _start(a, wait_for_slot(ring, slot, parity, ROWS, SLOTS), ROWS)
-                _refill(ring, slot, parity, done, chunks, source, thread, ROWS, SLOTS)
-                products = _finish(products, ROWS)
-                if LATE and product == PRODUCTS - 1:
-                    place, tile = _load_following(place, block, start + UNROLLED < count, UNROLLED, WIDTH)
-                own = sums[SUMS * product : SUMS * product + SUMS]
-                # Between the first and the last block that share scales, sums are what is to be multiplied by those.
-                if SHARE > 1 and block % SHARE == 0 and start % SHARE == 0:
-                    own = _times_scales(own, first_scales, slot, ROWS, True)
-                new = ()
+    first_scales = scales_of(ring, q, ROWS, X_SLOTS)
+    lanes = lane_places(place, warp % 2, lane)
+    tables = wait_for_tables(tile_ring, WIDTH, WARPS)
+    for start in range(0, steps, _SHARE):
+        parity = start // _SHARE % 2
+        n0, n1, inverse0, inverse1 = largest_norms(norms)
+        own = norms
+        norms = load_norms(norms_place, start + _SHARE, count)
+        products = ()
+        for block in tl.static_range(_SHARE):
+            upper = load_part_levels(tables, own[block], 0, inverse0)
+            lower = load_part_levels(tables, own[block], 16, inverse1)
+            words = load_ring_tile(place, lanes, block, parity, WIDTH, WARPS)
+            a = decode_half_tile(words[0], words[1], words[2][0], words[2][1], upper, lower, WIDTH, True)
+            slot = start * 0 + block % X_SLOTS
+            x = wait_for_slot(ring, slot, _chunk_parity(parity, block, X_SLOTS), ROWS, X_SLOTS)
+            products = _start(products, a, x, block == 0, ROWS)
+            refill(
+                ring,
+                place,
+                _chunk_parity(parity, block - 1, X_SLOTS),
+                role if block > 0 else tl.where(start > 0, role, 0),
+                start + block,
+                steps,
+                chunks - 1,
+                count - 1,
+                first_chunk_at,
+                first_tile_at,
+                block,
+                ROWS,
+                X_SLOTS,
+                WIDTH,
+                WARPS,
+            )
+            products = _finish(products, ROWS)
+            if block == _SHARE - 1:
+                added = ()
                 for group in tl.static_range(ROWS // 8):
-                    if SHARE > 1:
-                        new = new + _add(own, products, 4 * group, n0, n1)
-                    else:
-                        scales = load_scales(first_scales, slot, group, ROWS, False)
-                        new = new + add_scaled(own, products, 4 * group, n0, n1, scales)
-                if SHARE > 1 and block == UNROLLED - 1 and (step % SHARE == SHARE - 1 or step == count - 1):
-                    new = _times_scales(new, first_scales, slot, ROWS, False)
-                added = added + new
-                release_slot(ring, slot, lane, ROWS, SLOTS)
-                if (UNROLLED * PRODUCTS) % SLOTS != 0:
-                    slot, parity = next_slot(slot, parity, SLOTS)
-            sums = added
-    return sums, q, ring
+                    scales = load_scales(first_scales, slot, group, ROWS)
+                    added = added + add_scaled(sums, products, 4 * group, n0, n1, scales)
+                sums = added
+            release_slot(ring, slot, lane, ROWS, X_SLOTS)
+    return sums

@@ -3,78 +3,75 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-SCALE_BLOCKS = 4  # blocks of a row of x that have one scale; programs share the blocks of K by as many
+SCALE_BLOCKS = 4  # blocks of a row, of x and of the weight, that have one scale; K is shared by as many
 
 
 @dataclass(frozen=True)
 class Form:
     """What a program takes.
 
-    rows: of x; warps: each with 16 rows of the weight; registers: of a thread, at most; resident: programs on a
-    multiprocessor at a time; block_time: microseconds of a block of K with all of them at work; alone: what part of
-    that a block takes however few there are; unrolled: blocks of K without a branch; late: whether the next tile of
-    the weight is asked for only once there are registers, after the product.
+    rows: of x; warps: of a share, each with 16 rows of the weight; shares: of K, taken side by side and added up in the
+    end; registers: of a thread, at most; resident: programs on a multiprocessor at a time; x_slots: for chunks of x in
+    shared memory; block_time: microseconds of a block of K with all of them at work; alone: what part of that a block
+    takes however few there are.
     """
 
     rows: int
     warps: int
+    shares: int
     registers: int
     resident: int
+    x_slots: int
     block_time: float
     alone: float
-    unrolled: int = SCALE_BLOCKS
-    late: bool = False
-
-    @property
-    def product_rows(self) -> int:
-        """Rows of x that one instruction multiplies by."""
-        return min(self.rows, 128)
-
-    @property
-    def products(self) -> int:
-        return self.rows // self.product_rows
-
-    @property
-    def shared_bytes(self) -> int:
-        """A power of two, so that all resident programs fit."""
-        return {1: 1 << 17, 2: 1 << 16, 3: 1 << 16, 4: 1 << 15}[self.resident]
 
 
-# Times as measured on an H200, all fitted together with those below; a cut chosen by them is 1 % slower than the best.
+# Times as measured on an H200, fitted together with those below; a cut chosen by them is 0.2 % slower than the best.
 FORMS = (
-    Form(64, 4, 128, 4, 0.834, 0.477),
-    Form(128, 4, 168, 3, 1.123, 0.655, unrolled=1, late=True),
-    Form(128, 8, 255, 1, 0.735, 1.0),
-    Form(256, 8, 255, 1, 1.439, 1.0, unrolled=1),
+    Form(64, 4, 1, 128, 4, 2, 0.855, 0.258),
+    Form(64, 4, 2, 128, 2, 2, 0.947, 0.163),
+    Form(128, 4, 1, 168, 3, 2, 0.959, 0.359),
+    Form(128, 8, 1, 208, 1, 4, 0.627, 1.0),
+    Form(128, 4, 2, 240, 1, 2, 0.725, 1.0),
 )
-EXPERT_FORM = Form(64, 8, 128, 2, 1.0, 1.0)  # chosen for any shape: its times are of no account
-_WAVE_TIME = 1.5  # microseconds of a program outside its loop
-_SUM_TIME = 1.77  # of adding up a million sums of one of the programs that share K
+EXPERT_FORM = Form(64, 8, 1, 128, 2, 2, 1.0, 1.0)  # chosen for any shape: its times are of no account
+_WAVE_TIME = 1.25  # microseconds of a program outside its loop
+_ADD_TIME, _SUM_TIME = 1.2, 1.78  # of adding up, and of a million sums of one of the programs that share K
+_MOST_SPLITS = 16
 
 
 @lru_cache(maxsize=4096)
 def choose_cut(rows: int, out_features: int, blocks: int, multiprocessors: int) -> tuple[Form, int]:
-    """The form, and how many blocks of K a program takes at most."""
-    shares = range(1, max(2, min(blocks // SCALE_BLOCKS, 16) + 1))
-    forms = FORMS[:1] if rows <= FORMS[0].rows else FORMS[1:]
-    cuts = [(form, _split_blocks(blocks, share)) for form in forms for share in shares]
-    return min(cuts, key=lambda cut: _predict(cut[0], cut[1], rows, out_features, blocks, multiprocessors))
+    """The form, and how many blocks of K a share of a program takes at most."""
+    forms = [form for form in FORMS if (form.rows == FORMS[0].rows) == (rows <= FORMS[0].rows)]
+    cuts = [(form, split_blocks) for form in forms for split_blocks in possible_splits(form, blocks)]
+    return min(cuts, key=lambda cut: predict(cut[0], cut[1], rows, out_features, blocks, multiprocessors))
 
 
-def _predict(form: Form, split_blocks: int, rows: int, out_features: int, blocks: int, multiprocessors: int) -> float:
+def possible_splits(form: Form, blocks: int) -> list[int]:
+    """Blocks of a share, of few programs that share K first."""
+    most = max(1, min(_cdiv(blocks, SCALE_BLOCKS * form.shares), _MOST_SPLITS))
+    return sorted({_split_blocks(blocks, splits * form.shares) for splits in range(1, most + 1)}, reverse=True)
+
+
+def predict(form: Form, split_blocks: int, rows: int, out_features: int, blocks: int, multiprocessors: int) -> float:
     """Microseconds of the product, but for what is the same for every cut: waves of programs, and the adding up."""
-    splits = _cdiv(blocks, split_blocks)
+    splits = _cdiv(blocks, split_blocks * form.shares)
     programs = _cdiv(rows, form.rows) * _cdiv(out_features, 16 * form.warps) * splits
     whole_waves, left = divmod(programs, form.resident * multiprocessors)
-    time = whole_waves * (split_blocks * form.block_time + _WAVE_TIME)
+    time = whole_waves * (split_blocks * _block_time(form, form.resident) + _WAVE_TIME)
     if left:
-        busy = _cdiv(left, multiprocessors) / form.resident
-        time += split_blocks * form.block_time * (form.alone + (1 - form.alone) * busy) + _WAVE_TIME
-    return time + (_SUM_TIME * splits * rows * out_features / 1e6 if splits > 1 else 0.0)
+        time += split_blocks * _block_time(form, _cdiv(left, multiprocessors)) + _WAVE_TIME
+    return time + (_ADD_TIME + _SUM_TIME * splits * rows * out_features / 1e6 if splits > 1 else 0.0)
 
 
-def _split_blocks(blocks: int, splits: int) -> int:
-    return _cdiv(_cdiv(blocks, splits), SCALE_BLOCKS) * SCALE_BLOCKS
+def _block_time(form: Form, programs: int) -> float:
+    """Microseconds of a block of K where a multiprocessor has so many programs."""
+    return form.block_time * (form.alone + (1 - form.alone) * programs / form.resident)
+
+
+def _split_blocks(blocks: int, parts: int) -> int:
+    return _cdiv(_cdiv(blocks, parts), SCALE_BLOCKS) * SCALE_BLOCKS
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -1,4 +1,4 @@
-"""What `int8_wgmma` does with a thread's sums in the end: the halves of the levels are added, and the sums stored.
+"""What `int8_wgmma` does with a thread's sums in the end: the bias is added, and the sums are stored.
 
 A thread holds, for each group i of 8 rows of x, four sums: rows g and g + 8 of its warp's 16 of the weight
 (g = lane // 4), times rows 8 i + 2 q and the next of x (q = lane % 4).
@@ -7,48 +7,18 @@ A thread holds, for each group i of 8 rows of x, four sums: rows g and g + 8 of 
 import triton
 import triton.language as tl
 
-from polar_kernels.kernels.ptx import load_cached_two, mma_halves, pack_halves, store_four
-from polar_kernels.kernels.tile_access import norm_of
+from polar_kernels.kernels.ptx import pack_halves, store_four
+from polar_kernels.kernels.shared_memory import shared_piece
 
 _STORE_TRANSPOSED = tl.constexpr(
     "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;"
 )
 _MEET = tl.constexpr("bar.sync 0; mov.b32 $0, 0; // $1")
+_STORE_PART = tl.constexpr("st.global.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;")
+_LOAD_PART = tl.constexpr("ld.global.v4.f32 {$0, $1, $2, $3}, [$4];")
+_STORE_SUMS = tl.constexpr("st.shared.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;")
+_LOAD_SUMS = tl.constexpr("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];")
 _LOAD_SHARED = tl.constexpr("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];")
-
-
-@triton.jit
-def _two_norms(norms_ptr, tile, block, count, g, half):
-    word = tl.load(norms_ptr + (tile + block).to(tl.int64) * 16 + g * 2 + half, mask=block < count, other=0)
-    return norm_of(word, 0), norm_of(word, 16)
-
-
-@triton.jit
-def add_halves(sums, norms_ptr, halves_ptr, first, count, stride, g, half, q, GROUPS: tl.constexpr):
-    """The sums plus norms times halves: products of the tensor cores with 16 blocks of K at a time.
-
-    first: the first of a warp's `count` tiles; halves_ptr: int32, two a word, from the first row and the first block;
-    stride: words of a row. Which block of K is which column of the instruction is free, so that a lane reads 8 bytes.
-    """
-    for step in range(0, tl.cdiv(count, 16)):
-        block = step * 16 + 4 * q
-        low0, high0 = _two_norms(norms_ptr, first, block, count, g, half)
-        low1, high1 = _two_norms(norms_ptr, first, block + 1, count, g, half)
-        low2, high2 = _two_norms(norms_ptr, first, block + 2, count, g, half)
-        low3, high3 = _two_norms(norms_ptr, first, block + 3, count, g, half)
-        a0 = pack_halves(low0, low1, tl.bfloat16)
-        a1 = pack_halves(high0, high1, tl.bfloat16)
-        a2 = pack_halves(low2, low3, tl.bfloat16)
-        a3 = pack_halves(high2, high3, tl.bfloat16)
-        # Norms of blocks beyond the last are zero, and what they are multiplied by must be finite where its row is.
-        piece = halves_ptr + tl.where(block < count, block // 2, 0)
-        added = ()
-        for i in tl.static_range(GROUPS):
-            b0, b1 = load_cached_two(piece + (8 * i + g).to(tl.int64) * stride)
-            c = (sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3])
-            added = added + mma_halves(a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3], tl.bfloat16)
-        sums = added
-    return sums
 
 
 @triton.jit
@@ -66,6 +36,99 @@ def add_bias(sums, bias_ptr, row, N, GROUPS: tl.constexpr):
 def _meet(thread):
     """All threads of the program are here, and what they wrote to shared memory is there for all."""
     tl.inline_asm_elementwise(_MEET, "=r,r", [thread], tl.int32, False, 1)
+
+
+@triton.jit
+def add_shares(
+    sums, memory, share, thread, GROUPS: tl.constexpr, SHARES: tl.constexpr, SIZE: tl.constexpr, WARPS: tl.constexpr
+):
+    """The sums of all shares for every SHARES-th of the groups: share 0 has the first ones.
+
+    By way of `memory`, of which each share overwrites its piece. thread: of a share's WARPS warps.
+    """
+    own = shared_piece(memory, share, SHARES, SIZE) + thread * 16
+    _meet(thread)
+    for i in tl.static_range(GROUPS):
+        values = [own + i * (512 * WARPS), sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]]
+        tl.inline_asm_elementwise(_STORE_SUMS, "=r,r,f,f,f,f", values, tl.int32, False, 1)
+    _meet(thread)
+    added = ()
+    for i in tl.static_range(GROUPS // SHARES):
+        place = thread * 16 + (share * (GROUPS // SHARES) + i) * (512 * WARPS)
+        four = _load_sums(shared_piece(memory, share * 0, SHARES, SIZE) + place)
+        for other in tl.static_range(1, SHARES):
+            more = _load_sums(shared_piece(memory, share * 0 + other, SHARES, SIZE) + place)
+            four = (four[0] + more[0], four[1] + more[1], four[2] + more[2], four[3] + more[3])
+        added = added + four
+    return added
+
+
+@triton.jit
+def _load_sums(address):
+    types: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
+    return tl.inline_asm_elementwise(_LOAD_SUMS, "=f,=f,=f,=f,r", [address], types, False, 1)
+
+
+@triton.jit
+def store_part(sums, parts_ptr, place, thread, GROUPS: tl.constexpr, WARPS: tl.constexpr):
+    """A program's sums to its place among the parts, each thread's four sums side by side. WARPS: of the program."""
+    part = parts_ptr + place * (GROUPS * 128 * WARPS) + thread * 4
+    for i in tl.static_range(GROUPS):
+        values = [
+            (part + i * (128 * WARPS)).to(tl.int64),
+            sums[4 * i],
+            sums[4 * i + 1],
+            sums[4 * i + 2],
+            sums[4 * i + 3],
+        ]
+        tl.inline_asm_elementwise(_STORE_PART, "=r,l,f,f,f,f", values, tl.int32, False, 1)
+
+
+@triton.jit
+def add_parts(parts_ptr, place, first, thread, GROUPS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr):
+    """The sums of two groups, from the first on, over so many neighbouring parts."""
+    parts = parts_ptr + place * (GROUPS * 128 * WARPS) + first * (128 * WARPS) + thread * 4
+    added = ()
+    for i in tl.static_range(2):
+        four = _load_part(parts + i * (128 * WARPS))
+        for part in tl.static_range(1, PARTS):
+            more = _load_part(parts + part * (GROUPS * 128 * WARPS) + i * (128 * WARPS))
+            four = (four[0] + more[0], four[1] + more[1], four[2] + more[2], four[3] + more[3])
+        added = added + four
+    return added
+
+
+@triton.jit
+def _load_part(pointer):
+    types: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
+    return tl.inline_asm_elementwise(_LOAD_PART, "=f,=f,=f,=f,l", [pointer.to(tl.int64)], types, False, 1)
+
+
+@triton.jit
+def store_sums(
+    sums,
+    bias_ptr,
+    out_ptr,
+    shared,
+    thread,
+    first_row,
+    first_column,
+    M,
+    N,
+    GROUPS: tl.constexpr,
+    WARPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    LINES: tl.constexpr,
+):
+    """Add the bias and store to out [M, N], rows from first_row and columns from first_column on. LINES: N is a
+    multiple of 8; shared: see `store_lines`."""
+    row = first_column + thread // 32 * 16 + thread % 32 // 4
+    if HAS_BIAS:
+        sums = add_bias(sums, bias_ptr, row, N, GROUPS)
+    if LINES:
+        store_lines(sums, out_ptr, shared, thread, first_row, first_column, M, N, N, GROUPS, WARPS)
+    else:
+        store_each(sums, out_ptr, first_row, row, thread % 4, M, N, N, GROUPS)
 
 
 @triton.jit

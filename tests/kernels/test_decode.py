@@ -89,12 +89,13 @@ def code_of(codes: torch.Tensor, lane: int, row_word: int, step: int, r: int, i:
     return int(codes[8 * row_word + lane // 4, 32 * step + 8 * (lane % 4) + 4 * r + i])
 
 
+@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("step", range(4))
-def test_int8(tile, step: int) -> None:
+def test_int8(tile, step: int, spread: bool) -> None:
     bits, codes, planes, table = tile
     steps, _ = half_integer_levels(lloyd_max_levels(bits)[1 << (bits - 1) :])
     levels = [*(-1 - steps.flip(0)).tolist(), *steps.tolist()]  # (v + 1/2) and -(v + 1/2), a half below
-    program = decode_int8_code(step, tile_width(bits))
+    program = decode_int8_code(step, tile_width(bits), spread)
     for lane in range(32):
         for row_word in range(4):
             word, signs = lane_words(planes, lane, row_word, step)

@@ -30,7 +30,7 @@ from polar_kernels.kernels.int8_matmul import int8_linear, multiply_quantized, p
 from polar_kernels.kernels.ring import chunk_words
 from polar_kernels.kernels.wgmma_forms import FORMS, Form
 from polar_kernels.packing import unpack_codes
-from polar_kernels.tiles import LEVEL_STEP, half_integer_levels, level_table, tile_weight, untile_weight
+from polar_kernels.tiles import LEVEL_STEP, PART_LEVELS, PARTS, level_table, tile_weight, untile_weight
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run")
 E, H, MIDDLE, K = 2, 160, 16, 2
@@ -88,35 +88,63 @@ class Bands:
     """In place of `multiply_bands`, whose instructions are out of reach here: from the chunks of x that it reads, and
     the weight [rows, K] that was told, the sums it would have."""
 
-    def __init__(self, tiles: torch.Tensor, tile_norms: torch.Tensor, centroids: torch.Tensor, columns: int) -> None:
-        rows = len(tiles) // -(-columns // 128) * 32
+    def __init__(self, tiles: torch.Tensor, tile_norms: torch.Tensor, table: torch.Tensor, columns: int) -> None:
+        self.blocks = -(-columns // 128)
+        rows = len(tiles) // self.blocks * 32
         packed, norms = untile_weight(tiles, tile_norms, rows, 5)
-        positive = half_integer_levels(centroids[16:])[0]
-        levels = torch.cat([-1 - positive.flip(0), positive])[unpack_codes(packed, 5).long()]
-        self.levels, self.norms = levels.double().numpy(), norms.float().numpy()
+        norms = torch.nn.functional.pad(norms.float(), (0, -self.blocks % 4)).unflatten(1, (-1, 4))
+        largest = norms.amax(-1, keepdim=True)
+        parts = (norms / largest.clamp(min=1e-9) * PARTS).round().long().flatten(1)
+        tables = table[PART_LEVELS:].view(PARTS + 1, 4).view(torch.int8).long()  # levels are these, and a half
+        codes = (
+            torch.nn.functional.pad(unpack_codes(packed, 5), (0, -self.blocks % 4 * 128)).long().unflatten(1, (-1, 128))
+        )
+        positive = tables[parts[..., None], torch.where(codes < 16, 15 - codes, codes - 16)]
+        self.levels = torch.where(codes < 16, -1 - positive, positive).double().numpy()  # [row, block, column]
+        self.largest = largest[..., 0].numpy()
 
-    def __call__(self, tiles, norms, table, x, first_chunk, first, count, thread, width, rows, products, *_: Any):
-        start, number, blocks = (int(v.handle.data.reshape(-1)[0]) for v in (x, first_chunk, count))
-        rows, products = (getattr(v, "value", v) for v in (rows, products))
-        tile, lane = first.handle.data, thread.handle.data
-        block_of_row = self.norms.shape[1]
-        row, q = tile // block_of_row * 32 + lane // 32 % 2 * 16 + lane % 32 // 4, lane % 4
-        sums = np.zeros((2, len(row), rows * products), np.float32)
-        size = 4 * chunk_words(rows)
-        for step in range(blocks * products):
-            chunk = np.frombuffer(ctypes.string_at(start + (number + step) * size, size), np.uint32)
-            x_rows = _unswizzle(chunk[: rows * 32].reshape(rows, 8, 4))
-            scales = chunk[rows * 32 : rows * 33].view(np.float32)
-            block = tile % block_of_row + step // products
-            columns = block[:, None] * 128 + np.arange(128)
-            part = slice(step % products * rows, (step % products + 1) * rows)
+    def __call__(self, *args: Any) -> Any:
+        _, _, _, x, first_chunk, first_tile, band_tiles, bands, count, chunks, steps, _, thread = (
+            getattr(value.handle, "data", value) for value in args[:13]
+        )
+        _, rows, _, _ = (getattr(v, "value", v) for v in args[13:])
+        start, groups = int(np.reshape(x, -1)[0]), int(np.reshape(steps, -1)[0]) // 4
+        threads = len(thread)
+        first_chunk, first_tile, bands, count, chunks = (
+            np.broadcast_to(np.reshape(v, -1), threads) for v in (first_chunk, first_tile, bands, count, chunks)
+        )
+        tile = first_tile + np.minimum(thread // 64, bands - 1) * band_tiles.reshape(-1)
+        row = tile // self.blocks * 32 + thread // 32 % 2 * 16 + thread % 32 // 4
+        sums = np.zeros((2, threads, rows), np.float32)
+        for warp in range(0, threads, 32):
+            for group in range(min(groups, max(0, -(-int(count[warp]) // 4)))):
+                assert int(chunks[warp]) >= 4 * group + 4
+                block = int(tile[warp]) % self.blocks + 4 * group
+                assert block % 4 == 0
+                self._add(sums, row, slice(warp, warp + 32), block, start, int(first_chunk[warp]) + 4 * group, rows)
+        q = thread % 4
+        picked = [
+            sums[half, np.arange(threads), 8 * i + 2 * q + e]
+            for i in range(rows // 8)
+            for half in (0, 1)
+            for e in (0, 1)
+        ]
+        return tuple(as_tensor(part, tl.float32) for part in picked)
+
+    def _add(
+        self, sums: np.ndarray, row: np.ndarray, warp: slice, block: int, start: int, chunk: int, rows: int
+    ) -> None:
+        """The products of four blocks, by the chunks from a number on."""
+        integers = np.zeros((2, 32, rows))
+        for step in range(4):
+            words = _read_words(start, chunk + step, chunk_words(rows))
+            x_rows = _unswizzle(words[: rows * 32].reshape(rows, 8, 4))
             for half in range(2):
-                own = self.levels[row[:, None] + 8 * half, columns]
-                sums[half, :, part] += own @ x_rows.T * scales * self.norms[row + 8 * half, block, None]
-        places = range(rows * products // 8)
-        picked = [sums[half, np.arange(len(row)), 8 * i + 2 * q + e] for i in places for half in (0, 1) for e in (0, 1)]
-        tensors = tuple(as_tensor(part, tl.float32) for part in picked)
-        return tensors, as_tensor(q, tl.int32), as_tensor(np.zeros_like(q), tl.int32)
+                integers[half] += self.levels[row[warp] + 8 * half, block + step] @ x_rows.T
+        scales, halves = words[rows * 32 :].view(np.float32).reshape(-1, 2, 2).transpose(1, 0, 2).reshape(2, rows)
+        for half in range(2):
+            largest = self.largest[row[warp] + 8 * half, block // 4, None]
+            sums[half, warp] += (integers[half] * scales + halves) * largest
 
 
 def multiply_groups(w: Any, w_scales: Any, x: Any, row: Any, _: Any, groups: Any, line: Any, thread: Any) -> Any:
@@ -137,7 +165,7 @@ def multiply_groups(w: Any, w_scales: Any, x: Any, row: Any, _: Any, groups: Any
                 weight = _read_words(start_w, part * 4 * count + block, requantize_tiles.CHUNK_WORDS)
                 rows = [_unswizzle(words.reshape(128, 8, 4)) for words in (weight, chunk[: 128 * 32])]
                 integers += rows[0] @ rows[1].T
-            scales = chunk[128 * 32 : 128 * 33].view(np.float32)
+            scales = chunk[128 * 32 :].view(np.float32).reshape(-1, 2, 2)[:, 0].reshape(-1)
             sums[:, 128 * product : 128 * (product + 1)] += integers * norms[group][:, None] * scales
     picked = [sums[own + 8 * half, 8 * i + 2 * q + e] for i in range(32) for half in (0, 1) for e in (0, 1)]
     return tuple(as_tensor(part, tl.float32) for part in picked), as_tensor(np.zeros_like(q), tl.int32)
@@ -185,12 +213,12 @@ def test_requantized_weight(random_weight, relative_error, bits: int) -> None:
     scales = requantize_tiles.requantize_tiles(tiles, tile_norms, table, 8, chunks)
     x, awq_scales = torch.randn(3, columns).bfloat16(), torch.rand(columns).add(0.5).half()
     words, own_scales = requantize_tiles.quantize_both(x, awq_scales, tiles, tile_norms, table, own, 2)
-    alone, _ = quantize_chunks.quantize_chunks(x, awq_scales, table, 128, 2)
+    alone = quantize_chunks.quantize_chunks(x, awq_scales, table, 128, 2)
     assert torch.equal(own[0], chunks[0])
     assert torch.equal(own_scales, scales)
-    for first in (0, 128 * 32, 128 * 33):  # the three rows of x, their scales, and one over those
-        written = slice(first, first + (3 * 32 if first == 0 else 3))
-        assert torch.equal(words[0, :, 0, written], alone[0, :, 0, written])
+    assert torch.equal(words[0, :, 0, : 3 * 32], alone[0, :, 0, : 3 * 32])  # the three rows of x
+    scales_and_halves = (128 * 32 + torch.tensor([0, 1, 2, 3, 4, 6])).view(1, -1)  # in the last of four blocks
+    assert torch.equal(words[0, 3::4, 0, scales_and_halves], alone[0, 3::4, 0, scales_and_halves])
     integers = np.stack([_unswizzle(chunk.numpy().reshape(128, 8, 4)) for chunk in chunks.flatten(0, 1)])
     levels = torch.from_numpy(integers).view(2, 8, 128, 128).transpose(1, 2).reshape(256, 8, 128)[:rows]
     delta = table[LEVEL_STEP].view(torch.float32)
@@ -205,18 +233,20 @@ def test_requantized_weight(random_weight, relative_error, bits: int) -> None:
     ("form", "x_rows", "rows", "columns", "split_blocks"),
     [
         (FORMS[0], 67, 70, 128, 8),  # two programs of rows
-        (FORMS[1], 9, 72, 1160, 16),
-        (FORMS[2], 9, 136, 1160, 4),  # two programs of columns, and two that share K
+        (FORMS[1], 9, 72, 1160, 8),
+        (FORMS[1], 70, 70, 1160, 4),  # one share has less than the others, two programs that share K
+        (FORMS[2], 9, 136, 1160, 4),  # two programs of columns, and three that share K
         (FORMS[3], 9, 72, 256, 8),
+        (FORMS[4], 130, 72, 1160, 4),
     ],
 )
 def test_product_of_many_rows(
     random_weight, relative_error, monkeypatch, form: Form, x_rows: int, rows: int, columns: int, split_blocks: int
 ) -> None:
-    """But for what `multiply_bands` does: the chunks, the halves, and how results are stored."""
+    """But for what `multiply_bands` does: the chunks, the halves, how sums are added up and stored."""
     packed, norms, scales, centroids = random_weight(rows, columns, 5)
     tiles, tile_norms = tile_weight(packed, norms, 5)
-    monkeypatch.setattr(int8_wgmma, "multiply_bands", Bands(tiles, tile_norms, centroids, columns))
+    monkeypatch.setattr(int8_wgmma, "multiply_bands", Bands(tiles, tile_norms, level_table(centroids), columns))
     monkeypatch.setattr(int8_wgmma, "_multiprocessors", lambda device: 132)
     x, bias = torch.randn(x_rows, columns).half(), torch.randn(rows)
     x[1, 3] = torch.nan
@@ -236,12 +266,12 @@ def test_groups_of_64(stack, relative_error, monkeypatch: pytest.MonkeyPatch) ->
     exactly = reference.experts(x.double(), index, weights, *gate_up[1], *down[1])
     index[1] = -1
 
-    def told(words: Any, halves: Any, grouped: Any, out: torch.Tensor, tiles: torch.Tensor, *others: Any) -> Any:
+    def told(words: Any, grouped: Any, out: torch.Tensor, tiles: torch.Tensor, *others: Any) -> Any:
         own = gate_up[0] if tiles is gate_up[0].tiles else down[0]
         columns = H if own is gate_up[0] else MIDDLE
-        bands = Bands(own.tiles, own.tile_norms, own.centroids, columns)
+        bands = Bands(own.tiles, own.tile_norms, own.level_table, columns)
         monkeypatch.setattr(expert_wgmma, "multiply_bands", bands)
-        return product(words, halves, grouped, out, tiles, *others)
+        return product(words, grouped, out, tiles, *others)
 
     product = expert_wgmma.expert_wgmma
     monkeypatch.setattr(expert_wgmma, "expert_wgmma", told)

@@ -126,7 +126,8 @@ class Emulator:
     reads."""
 
     def __init__(self) -> None:
-        self.shared, self.places = np.zeros(1 << 15, np.uint32), dict[str, int]()
+        self.shared, self.places = np.zeros(1 << 16, np.uint32), {"global_smem": 1 << 17}
+        self.free = 0  # of what assembly declares
 
     def __call__(self, asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any, **_: Any) -> Any:
         plain = [getattr(x, "value", x) for x in (asm, *args)]
@@ -151,6 +152,8 @@ class Emulator:
     def _get(self, name: str) -> np.ndarray:
         if name in self.registers:
             return self.registers[name]
+        if name in self.places:
+            return np.full(self.count, self.places[name], np.uint32)
         return np.full(self.count, int(name, 0) & 0xFFFFFFFF, np.uint32)
 
     def _address(self, name: str) -> np.ndarray:
@@ -165,8 +168,9 @@ class Emulator:
             return
         if name == ".shared":
             label, size = re.search(r"(\w+)\[(\d+)\]", rest).groups()  # type: ignore[union-attr]
-            place = self.places.setdefault(label, 4 * len(self.places) * 1024)
-            assert place + int(size) <= self.shared.nbytes
+            place = self.places.setdefault(f"{label} {size}", self.free)
+            self.free = max(self.free, place + -(-int(size) // 1024) * 1024)
+            assert self.free <= self.places["global_smem"]
             self.registers[label] = np.full(self.count, place, np.uint32)
         elif name.startswith("mma.sync"):
             kind = next(k for k in ("s8", "bf16", "f16") if f".{k}.{k}." in name)
@@ -175,23 +179,30 @@ class Emulator:
             read = [ctypes.string_at(int(at), 4 * len(lists[0])) for at in self._address(operands[1])]
             self._set(lists[0], np.stack([np.frombuffer(part, np.uint32) for part in read], 1))
         elif name == "@p":
-            self._store_global(*re.findall(r"\[[^\]]*\]|\{[^}]*\}", rest))
+            address, names = re.findall(r"\[[^\]]*\]|\{[^}]*\}", rest)
+            self._store_global(address, names, np.flatnonzero(self.registers["p"]))
         elif name.startswith("stmatrix"):
             self._store_transposed(self._address(operands[0]), lists[1])
         elif name.startswith("ld.shared"):
             first = self._address(operands[1]) // 4
             self._set(lists[0], [self.shared[first + i] for i in range(len(lists[0]))])
         elif name.startswith("st.shared"):
-            self.shared[self._address(operands[0]) // 4] = self._get(operands[1])
+            for i, word in enumerate(lists[1]):
+                self.shared[self._address(operands[0]) // 4 + i] = self._get(word)
+        elif name.startswith("st.global"):
+            self._store_global(operands[0], operands[1], np.arange(self.count))
+        elif name.startswith("shfl.sync.idx"):
+            first = np.arange(self.count) // 32 * 32 + self._get(operands[2]).astype(np.int64)
+            self._set(lists[0], [self._get(operands[1])[first]])
         elif name.startswith("shfl.sync.bfly"):
             other = np.arange(self.count) ^ self._get(operands[2]).astype(np.int64)
             self._set(lists[0], [self._get(operands[1])[other]])
         else:
             self._set(lists[0], [INSTRUCTIONS[name](*map(self._get, operands[1:]))])
 
-    def _store_global(self, address: str, names: str) -> None:
+    def _store_global(self, address: str, names: str, threads: np.ndarray) -> None:
         words = np.stack([self._get(name) for name in re.findall(r"[^\s,{}]+", names)], 1)
-        for thread in np.flatnonzero(self.registers["p"]):
+        for thread in threads:
             ctypes.memmove(int(self._address(address)[thread]), words[thread].tobytes(), words[thread].nbytes)
 
     def _store_transposed(self, address: np.ndarray, names: list[str]) -> None:

@@ -1,0 +1,55 @@
+"""Shared memory for kernels that are written as CUDA would be: Triton has no words for it."""
+
+import triton
+import triton.language as tl
+
+_ASSEMBLY_BYTES = 48 << 10  # what assembly may declare at most
+
+
+@triton.constexpr_function
+def declared_bytes(pieces: int, size: int) -> int:
+    """Of so many pieces of so many bytes, those that assembly declares: the first piece, unless it is too large."""
+    return size if size <= _ASSEMBLY_BYTES else 0
+
+
+@triton.constexpr_function
+def launched_bytes(pieces: int, size: int) -> int:
+    """Those that Triton launches the kernel with, a power of two."""
+    left = pieces * size - declared_bytes(pieces, size)
+    return 1 << (left - 1).bit_length() if left else 0
+
+
+@triton.constexpr_function
+def _declare_code(size: int) -> str:
+    return f"{{ .shared .align 1024 .b8 own[{size}]; mov.u32 $0, own; }} // $1"
+
+
+@triton.jit
+def shared_memory(pointer, never, thread, PIECES: tl.constexpr, SIZE: tl.constexpr):
+    """So many pieces of SIZE bytes, a multiple of 1024, of which `shared_piece` gives the addresses.
+
+    never: false, which the compiler must not know. A gather over several warps goes through as much as its source has,
+    from `global_smem` on.
+    """
+    declared = thread * 0
+    if declared_bytes(PIECES, SIZE) > 0:
+        code: tl.constexpr = _declare_code(SIZE)
+        declared = tl.inline_asm_elementwise(code, "=r,r", [thread], tl.int32, True, 1)
+    launched = thread * 0
+    if launched_bytes(PIECES, SIZE) > 0:
+        if never:
+            source = tl.full((launched_bytes(PIECES, SIZE) // 4,), 0, tl.int32) + tl.load(pointer)
+            tl.store(pointer + thread, tl.gather(source, thread, 0))
+        launched = tl.inline_asm_elementwise("mov.u32 $0, global_smem; // $1", "=r,r", [thread], tl.int32, True, 1)
+    return declared, launched
+
+
+@triton.jit
+def shared_piece(memory, number, PIECES: tl.constexpr, SIZE: tl.constexpr):
+    """The address of a piece."""
+    if declared_bytes(PIECES, SIZE) == 0:
+        return memory[1] + number * SIZE
+    elif PIECES == 1:
+        return memory[0]
+    else:
+        return tl.where(number == 0, memory[0], memory[1] + (number - 1) * SIZE)
