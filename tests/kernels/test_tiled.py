@@ -100,10 +100,15 @@ def test_exact_product(device, poisoned, tiled, relative_error, rows: int, dtype
 @pytest.mark.parametrize("shape", [(40, 128), (257, 1152), (70, 200), (4096, 384), (520, 4096)])
 @pytest.mark.parametrize("rows", [1, 63, 65, 128, 300])
 def test_wgmma(device, poisoned, tiled, relative_error, shape: tuple[int, int], rows: int, form: Form) -> None:
-    """However the product is cut into programs, and however many of those share the blocks of K."""
+    """However the product is cut into programs, and however many of those share the blocks of K; a row of the weight
+    that is zero, a block that is, and one that is small beside the others."""
     if torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("wgmma is Hopper's")
     tiles, stored = tiled(*shape)
+    stored[1][3] = 0
+    stored[1][5, 0] = 0
+    stored[1][6, -1] /= 1000
+    tiles = (*tile_weight(stored[0], stored[1], 5), *tiles[2:])
     x = torch.randn(rows, shape[1], device=device).bfloat16()
     x[rows // 2, -1] = torch.nan
     offset = torch.randn(shape[0], device=device)
@@ -115,6 +120,7 @@ def test_wgmma(device, poisoned, tiled, relative_error, shape: tuple[int, int], 
             assert y.dtype == dtype
             assert y[rows // 2].isnan().all()
             if rows > 1:
+                assert torch.equal(y[sound, 3], offset[3].to(dtype).expand(rows - 1))
                 assert relative_error(y[sound], exact[sound]) < 1.2 * INT8_ERROR  # one block of K varies more
 
 
