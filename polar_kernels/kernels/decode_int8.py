@@ -63,8 +63,8 @@ def _decode_eight(step: tl.constexpr, word, signs, table, WIDTH: tl.constexpr, S
 def decode_half_tile(w0, w1, signs0, signs1, upper, lower, WIDTH: tl.constexpr, SPREAD: tl.constexpr = False):
     """The A fragments of 16 rows by 128 columns: four registers for each of four steps of 32 columns.
 
-    upper: the table of a lane's row among the first 8; lower: among the others. SPREAD: faster where products leave the
-    pipe of multiplications room, as `wgmma` does.
+    upper: the table of a lane's row among the first 8; lower: among the others. SPREAD: faster where products are many
+    for each weight.
     """
     a0, a2 = _decode_eight(0, w0[0], signs0, upper, WIDTH, SPREAD)
     a1, a3 = _decode_eight(0, w0[1], signs1, lower, WIDTH, SPREAD)
