@@ -52,5 +52,6 @@ def load_part_levels(tables, word, shift: tl.constexpr, inverse):
     """The table of levels times one of the norms in a word, over the largest; inverse: one over that; tables: the
     address of PART_LEVELS in shared memory."""
     part = tl.inline_asm_elementwise(_PART, "=r,f,f", [norm_of(word, shift), inverse], tl.int32, True, 1)
-    types: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
-    return tl.inline_asm_elementwise(_LOAD, "=r,=r,=r,=r,r", [tables + (part - _ROUND_BITS) * 16], types, False, 1)
+    return tl.inline_asm_elementwise(
+        _LOAD, "=r,=r,=r,=r,r", [tables + (part - _ROUND_BITS) * 16], (tl.int32, tl.int32, tl.int32, tl.int32), False, 1
+    )

@@ -151,8 +151,14 @@ def scales_of(ring, q, ROWS: tl.constexpr, SLOTS: tl.constexpr):
 def load_scales(first_scales, slot, group: tl.constexpr, ROWS: tl.constexpr):
     """The scales of rows 8 group + 2 q and the next of a slot's chunk, and their halves; first_scales: see there."""
     code: tl.constexpr = _load_scales_code(group)
-    types: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
-    return tl.inline_asm_elementwise(code, "=f,=f,=f,=f,r", [first_scales + slot * (ROWS * 8)], types, False, 1)
+    return tl.inline_asm_elementwise(
+        code,
+        "=f,=f,=f,=f,r",
+        [first_scales + slot * (ROWS * 8)],
+        (tl.float32, tl.float32, tl.float32, tl.float32),
+        False,
+        1,
+    )
 
 
 @triton.jit

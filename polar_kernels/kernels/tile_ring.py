@@ -205,5 +205,6 @@ def lane_places(place, half, lane):
 @triton.jit
 def _load_four(address, AT: tl.constexpr):
     code: tl.constexpr = _load_code(4, AT)
-    types: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
-    return tl.inline_asm_elementwise(code, "=r,=r,=r,=r,r", [address], types, False, 1)
+    return tl.inline_asm_elementwise(
+        code, "=r,=r,=r,=r,r", [address], (tl.int32, tl.int32, tl.int32, tl.int32), False, 1
+    )

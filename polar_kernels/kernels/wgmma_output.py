@@ -65,8 +65,9 @@ def add_shares(
 
 @triton.jit
 def _load_sums(address):
-    types: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
-    return tl.inline_asm_elementwise(_LOAD_SUMS, "=f,=f,=f,=f,r", [address], types, False, 1)
+    return tl.inline_asm_elementwise(
+        _LOAD_SUMS, "=f,=f,=f,=f,r", [address], (tl.float32, tl.float32, tl.float32, tl.float32), False, 1
+    )
 
 
 @triton.jit
@@ -100,8 +101,9 @@ def add_parts(parts_ptr, place, first, thread, GROUPS: tl.constexpr, WARPS: tl.c
 
 @triton.jit
 def _load_part(pointer):
-    types: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
-    return tl.inline_asm_elementwise(_LOAD_PART, "=f,=f,=f,=f,l", [pointer.to(tl.int64)], types, False, 1)
+    return tl.inline_asm_elementwise(
+        _LOAD_PART, "=f,=f,=f,=f,l", [pointer.to(tl.int64)], (tl.float32, tl.float32, tl.float32, tl.float32), False, 1
+    )
 
 
 @triton.jit

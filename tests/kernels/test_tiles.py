@@ -6,6 +6,9 @@ import torch
 from polar_kernels import ArgumentError, lloyd_max_levels, pack_codes, published_levels
 from polar_kernels.tiles import (
     LEVEL_HALVES,
+    LEVEL_STEP,
+    PART_LEVELS,
+    PARTS,
     half_integer_levels,
     is_tileable,
     level_table,
@@ -77,6 +80,18 @@ def test_levels_in_two_planes(levels: torch.Tensor) -> None:
     assert torch.equal(low & 127, low)
     error = (128 * high + low + LEVEL_HALVES) * delta - positive
     assert error.abs().max() < 4e-5 * positive[-1]
+
+
+@pytest.mark.parametrize("levels", [lloyd_max_levels(2), lloyd_max_levels(5), published_levels(5)])
+def test_levels_times_parts(levels: torch.Tensor) -> None:
+    """The whole is the table of the levels themselves; any part is off by half a step at most."""
+    table, positive = level_table(levels), levels[len(levels) // 2 :].double()
+    tables = table[PART_LEVELS:].view(PARTS + 1, 4).view(torch.uint8).double()[:, : len(positive)]
+    assert torch.equal(table[PART_LEVELS:].view(-1, 4)[PARTS], table[:4])
+    delta = float(table[LEVEL_STEP].view(torch.float32))
+    exact = torch.arange(PARTS + 1).double()[:, None] / PARTS * positive
+    assert ((tables + 0.5) * delta - exact).abs().max() < 0.51 * delta
+    assert tables.max() <= 127
 
 
 def test_tables_that_have_tiles() -> None:
