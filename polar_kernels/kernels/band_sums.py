@@ -7,6 +7,8 @@ A thread holds 8 sums a group of 8 rows of x: rows g, g + 8, g + 16, g + 24 of t
 import triton
 import triton.language as tl
 
+from polar_kernels.kernels.shared_memory import declared_memory
+
 ROW_GROUP = 8  # rows of x the tensor cores take at a time
 
 
@@ -39,12 +41,6 @@ def _reduce(warps: int, values: int) -> str:
 @triton.constexpr_function
 def _reduce_constraints(warps: int, values: int) -> str:
     return ",".join(["=&f"] * max(1, values // warps) + ["f"] * values + ["r", "r"])
-
-
-@triton.constexpr_function
-def _scratch_code(warps: int, values: int) -> str:
-    """PTX: $0 = address of shared memory for so many values a thread of so many warps."""
-    return f"{{ .shared .align 16 .b8 sums[{128 * values * warps}]; mov.u32 $0, sums; }} // $1"
 
 
 @triton.jit
@@ -84,7 +80,7 @@ def store_band(
     warp = thread // 32
     VALUES: tl.constexpr = 4 if PLANES else 8
     SHARE: tl.constexpr = 2 if WARPS < VALUES else 1
-    scratch = tl.inline_asm_elementwise(_scratch_code(WARPS, VALUES), "=r,r", [thread], tl.int32, False, 1)
+    scratch = declared_memory(thread, 128 * VALUES * WARPS)  # so many values a thread
     for group in tl.static_range(GROUPS):
         share = _sum_warps(sums, group, thread, scratch, WARPS, VALUES)
         for i in tl.static_range(SHARE):

@@ -26,7 +26,7 @@ from polar_kernels.kernels.ring import (
 from polar_kernels.kernels.shared_memory import shared_memory, shared_piece
 from polar_kernels.kernels.wgmma_blocks import add_scaled
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS
-from polar_kernels.kernels.wgmma_output import add_bias, store_each, store_lines
+from polar_kernels.kernels.wgmma_output import store_sums
 from polar_kernels.tiles import TILE_ROWS
 
 IN_FEATURES = 128 * SCALE_BLOCKS  # of which K must be a multiple
@@ -177,12 +177,9 @@ def _int8_dense_kernel(
     first_column = tl.program_id(1) * (16 * _W)
     row = first_column + thread // 32 * 16 + thread % 32 // 4
     sums, shared = multiply_groups(w_ptr, w_scales_ptr, x_ptr, row, N, groups, scales_line, thread)
-    if HAS_BIAS:
-        sums = add_bias(sums, bias_ptr, row, N, GROUPS)
-    if LINES:
-        store_lines(sums, out_ptr, shared, thread, first_row, first_column, M, N, line, GROUPS, _W)
-    else:
-        store_each(sums, out_ptr, first_row, row, thread % 4, M, N, line, GROUPS)
+    store_sums(
+        sums, bias_ptr, out_ptr, shared, thread, first_row, first_column, M, N, line, GROUPS, _W, HAS_BIAS, LINES
+    )
 
 
 def int8_dense_linear(

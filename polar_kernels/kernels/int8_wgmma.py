@@ -90,7 +90,7 @@ def _int8_wgmma_kernel(
     else:
         first_column = first_band * 32
         store_sums(
-            sums, bias_ptr, out_ptr, shared, thread, first_row, first_column, M, N, GROUPS, WARPS, HAS_BIAS, LINES
+            sums, bias_ptr, out_ptr, shared, thread, first_row, first_column, M, N, N, GROUPS, WARPS, HAS_BIAS, LINES
         )
 
 
@@ -121,7 +121,7 @@ def _add_parts_kernel(
     sums = add_parts(parts_ptr, place, first, own, GROUPS, WARPS * SHARES, SPLITS)
     first_row = tl.program_id(0) * ROWS + pair * 16
     first_column = tl.program_id(1) * (16 * WARPS)
-    store_sums(sums, bias_ptr, out_ptr, shared, thread, first_row, first_column, M, N, 2, WARPS, HAS_BIAS, LINES)
+    store_sums(sums, bias_ptr, out_ptr, shared, thread, first_row, first_column, M, N, N, 2, WARPS, HAS_BIAS, LINES)
 
 
 def int8_wgmma_linear(

@@ -7,6 +7,7 @@ rounded to int8, among the tables PART_LEVELS of `tiles.level_table`.
 import triton
 import triton.language as tl
 
+from polar_kernels.kernels.ptx import load_shared
 from polar_kernels.kernels.tile_access import norm_of
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS
 from polar_kernels.tiles import PARTS
@@ -21,7 +22,6 @@ _PART = tl.constexpr(
     "{ .reg .f32 part; mul.sat.f32 part, $1, $2;"
     f"fma.rn.f32 part, part, {PARTS}.0, 0f{_ROUND:08X}; mov.b32 $0, part; }}"
 )
-_LOAD = tl.constexpr("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];")
 
 
 @triton.jit
@@ -52,6 +52,4 @@ def load_part_levels(tables, word, shift: tl.constexpr, inverse):
     """The table of levels times one of the norms in a word, over the largest; inverse: one over that; tables: the
     address of PART_LEVELS in shared memory."""
     part = tl.inline_asm_elementwise(_PART, "=r,f,f", [norm_of(word, shift), inverse], tl.int32, True, 1)
-    return tl.inline_asm_elementwise(
-        _LOAD, "=r,=r,=r,=r,r", [tables + (part - _ROUND_BITS) * 16], (tl.int32, tl.int32, tl.int32, tl.int32), False, 1
-    )
+    return load_shared(tables + (part - _ROUND_BITS) * 16)

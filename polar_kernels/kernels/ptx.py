@@ -69,6 +69,28 @@ def load_cached_two(pointer):
     )
 
 
+@triton.constexpr_function
+def _load_shared_code(words: int, at: int) -> str:
+    outs = ", ".join(f"${i}" for i in range(words))
+    return f"ld.shared.v{words}.b32 {{{outs}}}, [${words}+{at}];"
+
+
+@triton.jit
+def load_shared(address, AT: tl.constexpr = 0):
+    """Four words of shared memory, AT bytes from an address on."""
+    code: tl.constexpr = _load_shared_code(4, AT)
+    return tl.inline_asm_elementwise(
+        code, "=r,=r,=r,=r,r", [address], (tl.int32, tl.int32, tl.int32, tl.int32), False, 1
+    )
+
+
+@triton.jit
+def load_shared_two(address, AT: tl.constexpr = 0):
+    """Two words, likewise."""
+    code: tl.constexpr = _load_shared_code(2, AT)
+    return tl.inline_asm_elementwise(code, "=r,=r,r", [address], (tl.int32, tl.int32), False, 1)
+
+
 @triton.jit
 def mma_s8(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
     """C [16, 8] s32 += A [16, 32] s8 x B [32, 8] s8, a warp's fragments."""

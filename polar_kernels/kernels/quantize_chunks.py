@@ -173,7 +173,7 @@ def _quantize_chunks_kernel(
 
 
 def empty_chunks(rows: int, in_features: int, product_rows: int, products: int, device: torch.device) -> torch.Tensor:
-    """What `quantize_chunks` returns, to be filled."""
+    """Chunks to be filled: int32 [programs, blocks, products, words], products being those of a program."""
     blocks = shared_blocks(in_features)
     programs = triton.cdiv(rows, product_rows * products)
     return torch.empty(programs, blocks, products, chunk_words(product_rows), dtype=torch.int32, device=device)
@@ -190,17 +190,17 @@ def is_whole(x: torch.Tensor) -> bool:
 
 
 def quantize_chunks(
-    x: torch.Tensor, awq_scales: torch.Tensor | None, table: torch.Tensor, product_rows: int, products: int = 1
+    x: torch.Tensor, awq_scales: torch.Tensor | None, table: torch.Tensor, product_rows: int
 ) -> torch.Tensor:
-    """x [M, K] contiguous -> chunks of `ring`, int32 [programs, blocks, products, words], blocks as `shared_blocks`
-    gives them, those beyond K zeros.
+    """x [M, K] contiguous -> chunks of `ring`, int32 [programs, blocks, 1, words], blocks by `shared_blocks`, those
+    beyond K zeros.
 
     A level is (v + 1/2) * delta: halves are what half the sum of a row's integers is worth.
-    product_rows: rows of x that one instruction multiplies by, 64 or 128; products: of a program, which takes
-    product_rows * products rows of x. table: `tiles.level_table`. Rows beyond M are left unwritten.
+    product_rows: rows of x that one instruction multiplies by, and a program takes, 64 or 128. table:
+    `tiles.level_table`. Rows beyond M are left unwritten.
     """
     rows, in_features = x.shape
-    words = empty_chunks(rows, in_features, product_rows, products, x.device)
+    words = empty_chunks(rows, in_features, product_rows, 1, x.device)
     groups = words.shape[1] // SCALE_BLOCKS
     warps = 4 if groups > 2 else 2
     _quantize_chunks_kernel[(rows, triton.cdiv(groups, warps))](
@@ -210,7 +210,7 @@ def quantize_chunks(
         table_ptr=table,
         K=in_features,
         blocks=triton.cdiv(in_features, BLOCK_SIZE),
-        products=products,
+        products=1,
         ROWS=product_rows,
         HAS_SCALES=awq_scales is not None,
         WHOLE=is_whole(x),

@@ -10,6 +10,8 @@ the slot. In a ring, all slots' rows come first, then all scales, then the barri
 import triton
 import triton.language as tl
 
+from polar_kernels.kernels.ptx import as_float, load_shared
+
 ROW_BYTES, SCALE_BYTES = 128, 8  # of a row in a chunk; its scale and its half
 BULK_COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 
@@ -96,11 +98,6 @@ def _release_code(rows: int, slots: int, scaled: bool) -> str:
     )
 
 
-@triton.constexpr_function
-def _load_scales_code(group: int) -> str:
-    return f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4+{64 * group}];"
-
-
 @triton.jit
 def open_ring(ring, thread, ROWS: tl.constexpr, SLOTS: tl.constexpr, WARPS: tl.constexpr, SCALED: tl.constexpr = True):
     """The ring at an address of shared memory, its barriers made. All threads of the program together."""
@@ -150,15 +147,8 @@ def scales_of(ring, q, ROWS: tl.constexpr, SLOTS: tl.constexpr):
 @triton.jit
 def load_scales(first_scales, slot, group: tl.constexpr, ROWS: tl.constexpr):
     """The scales of rows 8 group + 2 q and the next of a slot's chunk, and their halves; first_scales: see there."""
-    code: tl.constexpr = _load_scales_code(group)
-    return tl.inline_asm_elementwise(
-        code,
-        "=f,=f,=f,=f,r",
-        [first_scales + slot * (ROWS * 8)],
-        (tl.float32, tl.float32, tl.float32, tl.float32),
-        False,
-        1,
-    )
+    words = load_shared(first_scales + slot * (ROWS * 8), 64 * group)
+    return as_float(words[0]), as_float(words[1]), as_float(words[2]), as_float(words[3])
 
 
 @triton.jit

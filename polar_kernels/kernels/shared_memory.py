@@ -7,21 +7,28 @@ _ASSEMBLY_BYTES = 48 << 10  # what assembly may declare at most
 
 
 @triton.constexpr_function
-def declared_bytes(pieces: int, size: int) -> int:
-    """Of so many pieces of so many bytes, those that assembly declares: the first piece, unless it is too large."""
+def declared_bytes(size: int) -> int:
+    """Of pieces of so many bytes, those that assembly declares: the first piece, unless it is too large."""
     return size if size <= _ASSEMBLY_BYTES else 0
 
 
 @triton.constexpr_function
 def launched_bytes(pieces: int, size: int) -> int:
-    """Those that Triton launches the kernel with, a power of two."""
-    left = pieces * size - declared_bytes(pieces, size)
+    """Those that Triton launches the kernel with for so many pieces, a power of two."""
+    left = pieces * size - declared_bytes(size)
     return 1 << (left - 1).bit_length() if left else 0
 
 
 @triton.constexpr_function
 def _declare_code(size: int) -> str:
     return f"{{ .shared .align 1024 .b8 own[{size}]; mov.u32 $0, own; }} // $1"
+
+
+@triton.jit
+def declared_memory(thread, SIZE: tl.constexpr):
+    """The address of SIZE bytes that assembly declares: 48 KB at most in all of a kernel."""
+    code: tl.constexpr = _declare_code(SIZE)
+    return tl.inline_asm_elementwise(code, "=r,r", [thread], tl.int32, True, 1)
 
 
 @triton.jit
@@ -32,9 +39,8 @@ def shared_memory(pointer, never, thread, PIECES: tl.constexpr, SIZE: tl.constex
     from `global_smem` on.
     """
     declared = thread * 0
-    if declared_bytes(PIECES, SIZE) > 0:
-        code: tl.constexpr = _declare_code(SIZE)
-        declared = tl.inline_asm_elementwise(code, "=r,r", [thread], tl.int32, True, 1)
+    if declared_bytes(SIZE) > 0:
+        declared = declared_memory(thread, SIZE)
     launched = thread * 0
     if launched_bytes(PIECES, SIZE) > 0:
         if never:
@@ -47,7 +53,7 @@ def shared_memory(pointer, never, thread, PIECES: tl.constexpr, SIZE: tl.constex
 @triton.jit
 def shared_piece(memory, number, PIECES: tl.constexpr, SIZE: tl.constexpr):
     """The address of a piece."""
-    if declared_bytes(PIECES, SIZE) == 0:
+    if declared_bytes(SIZE) == 0:
         return memory[1] + number * SIZE
     elif PIECES == 1:
         return memory[0]

@@ -8,6 +8,7 @@ its block's tiles have been decoded.
 import triton
 import triton.language as tl
 
+from polar_kernels.kernels.ptx import load_shared, load_shared_two
 from polar_kernels.kernels.ring import BULK_COPY, ROW_BYTES, SCALE_BYTES, barriers_at, copy_chunk_code
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS
 from polar_kernels.tiles import PART_LEVELS, PARTS, PLANE_WORDS
@@ -109,12 +110,6 @@ def _wait_code(number: int) -> str:
     )
 
 
-@triton.constexpr_function
-def _load_code(words: int, at: int) -> str:
-    outs = ", ".join(f"${i}" for i in range(words))
-    return f"ld.shared.v{words}.b32 {{{outs}}}, [${words}+{at}];"
-
-
 @triton.jit
 def open_tile_ring(ring, table_ptr, thread, WIDTH: tl.constexpr, WARPS: tl.constexpr):
     """The ring at an address of shared memory, for WARPS warps, the tables on their way. All threads of the program
@@ -186,12 +181,11 @@ def load_ring_tile(place, lanes, slot: tl.constexpr, parity, WIDTH: tl.constexpr
     wait: tl.constexpr = _wait_code(slot * (WARPS // 2))
     tl.inline_asm_elementwise(wait, "=r,r,r", [place[1], parity], tl.int32, False, 1)
     AT: tl.constexpr = slot * (WARPS // 2) * _tile_bytes(WIDTH)
-    first = _load_four(lanes[0], AT)
-    second = _load_four(lanes[0], AT + _PLANE_BYTES)
+    first = load_shared(lanes[0], AT)
+    second = load_shared(lanes[0], AT + _PLANE_BYTES)
     signs = (first[0], first[1])
     if WIDTH == 5:
-        code: tl.constexpr = _load_code(2, AT)
-        signs = tl.inline_asm_elementwise(code, "=r,=r,r", [lanes[1]], (tl.int32, tl.int32), False, 1)
+        signs = load_shared_two(lanes[1], AT)
     return first, second, signs
 
 
@@ -200,11 +194,3 @@ def lane_places(place, half, lane):
     """Where a lane reads half of its band's tile in the first slot: magnitudes, and signs."""
     start = place[0] + lane * 16
     return start + half * (2 * _PLANE_BYTES), start + 4 * _PLANE_BYTES + half * 8
-
-
-@triton.jit
-def _load_four(address, AT: tl.constexpr):
-    code: tl.constexpr = _load_code(4, AT)
-    return tl.inline_asm_elementwise(
-        code, "=r,=r,=r,=r,r", [address], (tl.int32, tl.int32, tl.int32, tl.int32), False, 1
-    )

@@ -44,17 +44,17 @@ _MOST_SPLITS = 16
 def choose_cut(rows: int, out_features: int, blocks: int, multiprocessors: int) -> tuple[Form, int]:
     """The form, and how many blocks of K a share of a program takes at most."""
     forms = [form for form in FORMS if (form.rows == FORMS[0].rows) == (rows <= FORMS[0].rows)]
-    cuts = [(form, split_blocks) for form in forms for split_blocks in possible_splits(form, blocks)]
-    return min(cuts, key=lambda cut: predict(cut[0], cut[1], rows, out_features, blocks, multiprocessors))
+    cuts = [(form, split_blocks) for form in forms for split_blocks in _possible_splits(form, blocks)]
+    return min(cuts, key=lambda cut: _predict(cut[0], cut[1], rows, out_features, blocks, multiprocessors))
 
 
-def possible_splits(form: Form, blocks: int) -> list[int]:
+def _possible_splits(form: Form, blocks: int) -> list[int]:
     """Blocks of a share, of few programs that share K first."""
     most = max(1, min(_cdiv(blocks, SCALE_BLOCKS * form.shares), _MOST_SPLITS))
     return sorted({_split_blocks(blocks, splits * form.shares) for splits in range(1, most + 1)}, reverse=True)
 
 
-def predict(form: Form, split_blocks: int, rows: int, out_features: int, blocks: int, multiprocessors: int) -> float:
+def _predict(form: Form, split_blocks: int, rows: int, out_features: int, blocks: int, multiprocessors: int) -> float:
     """Microseconds of the product, but for what is the same for every cut: waves of programs, and the adding up."""
     splits = _cdiv(blocks, split_blocks * form.shares)
     programs = _cdiv(rows, form.rows) * _cdiv(out_features, 16 * form.warps) * splits

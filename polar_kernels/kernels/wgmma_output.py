@@ -7,7 +7,7 @@ A thread holds, for each group i of 8 rows of x, four sums: rows g and g + 8 of 
 import triton
 import triton.language as tl
 
-from polar_kernels.kernels.ptx import pack_halves, store_four
+from polar_kernels.kernels.ptx import as_float, load_cached, load_shared, pack_halves, store_four
 from polar_kernels.kernels.shared_memory import shared_piece
 
 _STORE_TRANSPOSED = tl.constexpr(
@@ -15,14 +15,11 @@ _STORE_TRANSPOSED = tl.constexpr(
 )
 _MEET = tl.constexpr("bar.sync 0; mov.b32 $0, 0; // $1")
 _STORE_PART = tl.constexpr("st.global.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;")
-_LOAD_PART = tl.constexpr("ld.global.v4.f32 {$0, $1, $2, $3}, [$4];")
 _STORE_SUMS = tl.constexpr("st.shared.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;")
-_LOAD_SUMS = tl.constexpr("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];")
-_LOAD_SHARED = tl.constexpr("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];")
 
 
 @triton.jit
-def add_bias(sums, bias_ptr, row, N, GROUPS: tl.constexpr):
+def _add_bias(sums, bias_ptr, row, N, GROUPS: tl.constexpr):
     """row: g of the thread's rows of the weight."""
     bias0 = tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
     bias1 = tl.load(bias_ptr + row + 8, mask=row + 8 < N, other=0.0).to(tl.float32)
@@ -55,18 +52,26 @@ def add_shares(
     added = ()
     for i in tl.static_range(GROUPS // SHARES):
         place = thread * 16 + (share * (GROUPS // SHARES) + i) * (512 * WARPS)
-        four = _load_sums(shared_piece(memory, share * 0, SHARES, SIZE) + place)
+        four = _floats(load_shared(shared_piece(memory, share * 0, SHARES, SIZE) + place))
         for other in tl.static_range(1, SHARES):
-            more = _load_sums(shared_piece(memory, share * 0 + other, SHARES, SIZE) + place)
-            four = (four[0] + more[0], four[1] + more[1], four[2] + more[2], four[3] + more[3])
+            four = _add_four(four, load_shared(shared_piece(memory, share * 0 + other, SHARES, SIZE) + place))
         added = added + four
     return added
 
 
 @triton.jit
-def _load_sums(address):
-    return tl.inline_asm_elementwise(
-        _LOAD_SUMS, "=f,=f,=f,=f,r", [address], (tl.float32, tl.float32, tl.float32, tl.float32), False, 1
+def _floats(words):
+    return as_float(words[0]), as_float(words[1]), as_float(words[2]), as_float(words[3])
+
+
+@triton.jit
+def _add_four(sums, words):
+    """Four sums, and four more that are in words."""
+    return (
+        sums[0] + as_float(words[0]),
+        sums[1] + as_float(words[1]),
+        sums[2] + as_float(words[2]),
+        sums[3] + as_float(words[3]),
     )
 
 
@@ -75,13 +80,8 @@ def store_part(sums, parts_ptr, place, thread, GROUPS: tl.constexpr, WARPS: tl.c
     """A program's sums to its place among the parts, each thread's four sums side by side. WARPS: of the program."""
     part = parts_ptr + place * (GROUPS * 128 * WARPS) + thread * 4
     for i in tl.static_range(GROUPS):
-        values = [
-            (part + i * (128 * WARPS)).to(tl.int64),
-            sums[4 * i],
-            sums[4 * i + 1],
-            sums[4 * i + 2],
-            sums[4 * i + 3],
-        ]
+        own = (part + i * (128 * WARPS)).to(tl.int64)
+        values = [own, sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]]
         tl.inline_asm_elementwise(_STORE_PART, "=r,l,f,f,f,f", values, tl.int32, False, 1)
 
 
@@ -91,19 +91,11 @@ def add_parts(parts_ptr, place, first, thread, GROUPS: tl.constexpr, WARPS: tl.c
     parts = parts_ptr + place * (GROUPS * 128 * WARPS) + first * (128 * WARPS) + thread * 4
     added = ()
     for i in tl.static_range(2):
-        four = _load_part(parts + i * (128 * WARPS))
+        four = _floats(load_cached(parts + i * (128 * WARPS)))
         for part in tl.static_range(1, PARTS):
-            more = _load_part(parts + part * (GROUPS * 128 * WARPS) + i * (128 * WARPS))
-            four = (four[0] + more[0], four[1] + more[1], four[2] + more[2], four[3] + more[3])
+            four = _add_four(four, load_cached(parts + part * (GROUPS * 128 * WARPS) + i * (128 * WARPS)))
         added = added + four
     return added
-
-
-@triton.jit
-def _load_part(pointer):
-    return tl.inline_asm_elementwise(
-        _LOAD_PART, "=f,=f,=f,=f,l", [pointer.to(tl.int64)], (tl.float32, tl.float32, tl.float32, tl.float32), False, 1
-    )
 
 
 @triton.jit
@@ -117,24 +109,25 @@ def store_sums(
     first_column,
     M,
     N,
+    line,
     GROUPS: tl.constexpr,
     WARPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     LINES: tl.constexpr,
 ):
-    """Add the bias and store to out [M, N], rows from first_row and columns from first_column on. LINES: N is a
-    multiple of 8; shared: see `store_lines`."""
+    """Add the bias and store to out [M, N], rows from first_row and columns from first_column on. line: from a row to
+    the next; LINES: it and N are multiples of 8; shared: see `_store_lines`."""
     row = first_column + thread // 32 * 16 + thread % 32 // 4
     if HAS_BIAS:
-        sums = add_bias(sums, bias_ptr, row, N, GROUPS)
+        sums = _add_bias(sums, bias_ptr, row, N, GROUPS)
     if LINES:
-        store_lines(sums, out_ptr, shared, thread, first_row, first_column, M, N, N, GROUPS, WARPS)
+        _store_lines(sums, out_ptr, shared, thread, first_row, first_column, M, N, line, GROUPS, WARPS)
     else:
-        store_each(sums, out_ptr, first_row, row, thread % 4, M, N, N, GROUPS)
+        _store_each(sums, out_ptr, first_row, row, thread % 4, M, N, line, GROUPS)
 
 
 @triton.jit
-def store_lines(
+def _store_lines(
     sums, out_ptr, shared, thread, first_row, first_column, M, N, line, GROUPS: tl.constexpr, WARPS: tl.constexpr
 ):
     """Store to out [M, N], bf16 or fp16, rows from first_row and columns from first_column on. line: from a row to the
@@ -164,16 +157,14 @@ def store_lines(
     for i in tl.static_range(GROUPS * 8 // ROUND_ROWS):
         own = thread // PIECES + i * ROUND_ROWS
         address = shared + own * LINE + thread % PIECES * 16
-        w0, w1, w2, w3 = tl.inline_asm_elementwise(
-            _LOAD_SHARED, "=r,=r,=r,=r,r", [address], (tl.int32, tl.int32, tl.int32, tl.int32), False, 1
-        )
+        w0, w1, w2, w3 = load_shared(address)
         row = first_row + own
         keep = ((row < M) & (column < N)).to(tl.int32)
         store_four(out_ptr + row.to(tl.int64) * line + column, w0, w1, w2, w3, keep)
 
 
 @triton.jit
-def store_each(sums, out_ptr, first_row, row, q, M, N, line, GROUPS: tl.constexpr):
+def _store_each(sums, out_ptr, first_row, row, q, M, N, line, GROUPS: tl.constexpr):
     """Store to out [M, N] of any dtype and width, rows of x from first_row on; row: of the weight; line: as above."""
     for i in tl.static_range(GROUPS):
         for e in tl.static_range(2):

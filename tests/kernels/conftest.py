@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from polar_kernels import BLOCK_SIZE, lloyd_max_levels
+from polar_kernels.tiles import level_table, tile_weight
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
 
@@ -23,6 +24,18 @@ def random_weight(device: torch.device) -> Callable[..., Parts]:
         return packed, norms, scales, lloyd_max_levels(bits).to(device)
 
     return build
+
+
+@pytest.fixture
+def tiled(random_weight: Callable[..., Parts]) -> Callable[..., tuple[tuple, Parts]]:
+    """(tiled parts, stored parts) of a random weight."""
+
+    def make(rows: int, columns: int, awq: bool = True, bits: int = 5) -> tuple[tuple, Parts]:
+        packed, norms, scales, centroids = random_weight(rows, columns, bits, awq=awq)
+        tiles, tile_norms = tile_weight(packed, norms, bits)
+        return (tiles, tile_norms, scales, level_table(centroids), centroids), (packed, norms, scales, centroids)
+
+    return make
 
 
 @pytest.fixture(scope="session")

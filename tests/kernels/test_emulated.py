@@ -213,7 +213,7 @@ def test_requantized_weight(random_weight, relative_error, bits: int) -> None:
     scales = requantize_tiles.requantize_tiles(tiles, tile_norms, table, 8, chunks)
     x, awq_scales = torch.randn(3, columns).bfloat16(), torch.rand(columns).add(0.5).half()
     words, own_scales = requantize_tiles.quantize_both(x, awq_scales, tiles, tile_norms, table, own, 2)
-    alone = quantize_chunks.quantize_chunks(x, awq_scales, table, 128, 2)
+    alone = quantize_chunks.quantize_chunks(x, awq_scales, table, 128)
     assert torch.equal(own[0], chunks[0])
     assert torch.equal(own_scales, scales)
     assert torch.equal(words[0, :, 0, : 3 * 32], alone[0, :, 0, : 3 * 32])  # the three rows of x
