@@ -27,10 +27,12 @@ TILE_ROWS = 32
 PLANE_WORDS = 128
 _LANES, _LANE_WORDS = 32, 4
 # Where things are in a `level_table`.
-FP16_LEVELS, BF16_LEVELS, LEVEL_STEP, PLANE_STEP, PLANE_LEVELS, PART_LEVELS = 4, 12, 20, 21, 24, 32
+FP16_LEVELS, BF16_LEVELS, LEVEL_STEP, PART_LEVELS = 4, 12, 20, 24
 PARTS = 255
-LEVEL_WORDS = PART_LEVELS + 4 * (PARTS + 1)
-LEVEL_HALVES = 64.5  # what the complement of both of its bytes leaves of a level in two planes
+FP16_PAIRS = PART_LEVELS + 4 * (PARTS + 1)
+PAIRS = 256  # of nibbles
+BF16_PAIRS = FP16_PAIRS + PAIRS
+LEVEL_WORDS = BF16_PAIRS + PAIRS
 _CHUNK_TILES = 1 << 9  # rearranged at a time; keeps the temporaries under 100 MB
 
 
@@ -168,20 +170,29 @@ def level_table(centroids: torch.Tensor) -> torch.Tensor:
 
     0..3: the positive levels, 16 at most, as bytes v, four a word, level ~ (v + 1/2) * delta; from FP16_LEVELS and
     BF16_LEVELS: four words of the low and four of the high bytes of the levels in that type; LEVEL_STEP: delta's bits;
-    from PLANE_LEVELS: four words of the h and four of the l of `plane_levels`, and PLANE_STEP its delta's bits; from
-    PART_LEVELS: of each i in 0..PARTS four words like the first, of the levels times i / PARTS.
+    from PART_LEVELS: of each i in 0..PARTS four words like the first, of the levels times i / PARTS; from FP16_PAIRS
+    and BF16_PAIRS: of each byte of a plane the two levels, of 5 bits the positive ones, in that type.
     Raises ArgumentError for a table that the layout cannot hold.
     """
     if not is_tileable(centroids):
         raise ArgumentError("the tile layout needs an odd-symmetric table of 4 to 32 levels")
     positive = centroids[centroids.numel() // 2 :].cpu()
     steps, delta = half_integer_levels(positive)
-    high, low, plane_delta = plane_levels(positive)
-    deltas = torch.tensor([delta, plane_delta, 0, 0], dtype=torch.float32).view(torch.int32)
+    deltas = torch.tensor([delta, 0, 0, 0], dtype=torch.float32).view(torch.int32)
     halves = (*_split_bytes(positive.half()), *_split_bytes(positive.bfloat16()))
-    planes = (_bytes_to_words(high), _bytes_to_words(low))
     parts = _bytes_to_words(_part_levels(positive, delta)).flatten()
-    return torch.cat([_bytes_to_words(steps), *halves, deltas, *planes, parts]).to(centroids.device)
+    pairs = (_pairs(positive.half()), _pairs(positive.bfloat16()))
+    return torch.cat([_bytes_to_words(steps), *halves, deltas, parts, *pairs]).to(centroids.device)
+
+
+def _pairs(positive: torch.Tensor) -> torch.Tensor:
+    """Levels in 16 bits [16 at most] -> int32 [PAIRS]: that of the lower nibble in the lower half."""
+    values = positive
+    if len(positive) < 16:
+        padded = torch.nn.functional.pad(positive, (0, 8 - len(positive)))
+        values = torch.cat([padded, -padded])
+    nibbles = torch.arange(PAIRS)
+    return torch.stack([values[nibbles % 16], values[nibbles // 16]], 1).view(torch.int32).flatten()
 
 
 def _part_levels(positive: torch.Tensor, delta: float) -> torch.Tensor:
@@ -204,33 +215,14 @@ def is_tileable(centroids: torch.Tensor) -> bool:
 def half_integer_levels(positive: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Bytes v int32 in 0..127 and the step delta for which (v + 1/2) * delta is closest to the positive levels.
 
-    Half-integers make the bitwise complement an exact negation.
-    """
-    return _closest_steps(positive, 0.5, 127)
-
-
-def plane_levels(positive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Bytes h, l int32 in 0..127 and the delta for which (128 h + l + LEVEL_HALVES) * delta is closest to the levels.
-
-    The complement of both bytes is an exact negation: 128 (-h - 1) + (-l - 1) + 64.5 = -(128 h + l + 64.5). A level is
-    off by 1 / 25000 of the largest at most; none can be below 1 / 255 of it.
-    """
-    steps, delta = _closest_steps(positive, LEVEL_HALVES, (1 << 14) - 1)
-    return steps >> 7, steps & 127, delta
-
-
-def _closest_steps(positive: torch.Tensor, offset: float, most: int) -> tuple[torch.Tensor, float]:
-    """Integers v in 0..most and delta for which (v + offset) * delta is closest to the levels.
-
-    Closest: smallest squared error under N(0, 1).
+    Half-integers make the bitwise complement an exact negation. Closest: smallest squared error under N(0, 1).
     """
     levels = positive.double()
     edges = torch.cat([levels.new_zeros(1), (levels[1:] + levels[:-1]) / 2, levels.new_full((1,), torch.inf)])
     mass = torch.special.ndtr(edges[1:]) - torch.special.ndtr(edges[:-1])
-    largest = most + offset
-    steps = levels[-1] / torch.linspace(largest / 1.275, largest, 4001, dtype=torch.float64)  # candidates for delta
-    values = (levels / steps[:, None] - offset).round().clamp(0, most)
-    errors = (((values + offset) * steps[:, None] - levels).square() * mass).sum(1)
+    steps = levels[-1] / torch.linspace(100, 127.5, 4001, dtype=torch.float64)  # candidates for delta
+    values = (levels / steps[:, None] - 0.5).round().clamp(0, 127)
+    errors = (((values + 0.5) * steps[:, None] - levels).square() * mass).sum(1)
     best = int(errors.argmin())
     return values[best].int(), float(steps[best])
 

@@ -12,8 +12,7 @@ from polar_kernels.kernels.ptx import hidden_zero, load_cached
 
 @triton.jit
 def load_levels(table_ptr, lane, FIRST: tl.constexpr):
-    """Two tables of four words, those from word FIRST of a `level_table` on: the low and the high bytes of fp16 or bf16
-    levels, or the high and the low ones of levels in planes."""
+    """The low and the high bytes of fp16 or bf16 levels, four words each, from word FIRST of a `level_table` on."""
     levels_ptr = table_ptr + FIRST + hidden_zero(lane)
     return load_cached(levels_ptr), load_cached(levels_ptr + 4)
 

@@ -1,36 +1,41 @@
 """The product for few rows with activations and levels in 16 bits: `int8_matmul` without its rounding.
 
-A warp multiplies one tile (32 rows x one 128-block) by 8 rows of x at a time, 16 columns a step. Norms are applied once
-a block, to the sums. Decoding costs half as much again as to int8, and is what bounds the larger shapes.
+A warp multiplies one tile (32 rows x one 128-block) by 8 rows of x at a time, 16 columns a step. Levels are looked up
+in shared memory (`decode_pairs`). Norms are applied once a block, to the sums.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from polar_kernels.kernels.band_programs import choose_registers, choose_warps
 from polar_kernels.kernels.band_sums import ROW_GROUP, store_band
-from polar_kernels.kernels.decode_halves import decode_eight_halves, load_levels
-from polar_kernels.kernels.ptx import load_cached, mma_halves, wait_for_previous_kernel
+from polar_kernels.kernels.decode_pairs import PAIRS_BYTES, decode_eight_pairs, open_pairs, spread_signs
+from polar_kernels.kernels.fragments import load_fragment
+from polar_kernels.kernels.ptx import mma_halves, wait_for_previous_kernel
 from polar_kernels.kernels.rotate_activation import rotate_activation
+from polar_kernels.kernels.shared_memory import declared_memory
 from polar_kernels.kernels.tile_access import load_tile, norm_of
-from polar_kernels.tiles import BF16_LEVELS, FP16_LEVELS, PLANE_WORDS, TILE_ROWS
+from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
 MAX_ROWS = 16  # of x in one launch
-_FP16_LEVELS, _BF16_LEVELS = tl.constexpr(FP16_LEVELS), tl.constexpr(BF16_LEVELS)
+_PAIRS_BYTES = tl.constexpr(PAIRS_BYTES)
 
 
 @triton.jit
-def multiply_half_tile_exactly(
-    w0, w1, signs0, signs1, low, high, x, WIDTH: tl.constexpr, GROUPS: tl.constexpr, DTYPE: tl.constexpr
+def _multiply_half_tile(
+    w0, w1, signs0, signs1, pairs, x, WIDTH: tl.constexpr, GROUPS: tl.constexpr, DTYPE: tl.constexpr
 ):
     """16 rows by 128 columns times GROUPS groups of 8 rows of x: four sums a thread and group."""
+    signs0 = spread_signs(signs0)
+    signs1 = spread_signs(signs1)
     sums = ()
     for _ in tl.static_range(4 * GROUPS):
         sums = sums + (tl.zeros(signs0.shape, tl.float32),)
     for s in tl.static_range(4):
         words = w0 if s < 2 else w1
-        u0, u1, u2, u3 = decode_eight_halves(s, words[s % 2 * 2], signs0, low, high, WIDTH)
-        v0, v1, v2, v3 = decode_eight_halves(s, words[s % 2 * 2 + 1], signs1, low, high, WIDTH)
+        u0, u1, u2, u3 = decode_eight_pairs(s, words[s % 2 * 2], signs0, pairs, WIDTH)
+        v0, v1, v2, v3 = decode_eight_pairs(s, words[s % 2 * 2 + 1], signs1, pairs, WIDTH)
         added = ()
         for group in tl.static_range(GROUPS):
             b = x[4 * group + s]
@@ -59,16 +64,15 @@ def _exact_matmul_kernel(
     HAS_BIAS: tl.constexpr,
 ):
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    LEVELS: tl.constexpr = _BF16_LEVELS if tl.bfloat16 == DTYPE else _FP16_LEVELS
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
     warp = thread // 32
     g = lane // 4
     first = tl.program_id(0) * blocks
     tile = load_tile(tiles_ptr, first + tl.minimum(warp, blocks - 1), lane, WIDTH)
-    low, high = load_levels(table_ptr, lane, LEVELS)
+    pairs = open_pairs(declared_memory(thread, _PAIRS_BYTES), table_ptr, thread, DTYPE, 32 * WARPS)
     # Everything above was there before; x comes from the kernel before this one.
-    q = lane % 4 + wait_for_previous_kernel(thread)
+    own = lane + wait_for_previous_kernel(thread)
     sums = ()
     for _ in tl.static_range(8 * GROUPS):
         sums = sums + (tl.zeros(lane.shape, tl.float32),)
@@ -78,12 +82,10 @@ def _exact_matmul_kernel(
         block = tl.minimum(block, blocks - 1)
         x = ()
         for group in tl.static_range(GROUPS):
-            words = x_ptr + ((group * 8 + g).to(tl.int64) * blocks + block) * 64 + q * 16
-            for s in tl.static_range(4):
-                x = x + (load_cached(words + 4 * s),)
+            x = x + load_fragment(x_ptr, group, blocks, block, own, 2)
         following = load_tile(tiles_ptr, first + tl.minimum(block + WARPS, blocks - 1), lane, WIDTH)
-        upper = multiply_half_tile_exactly(tile[0], tile[1], tile[4][0], tile[4][1], low, high, x, WIDTH, GROUPS, DTYPE)
-        lower = multiply_half_tile_exactly(tile[2], tile[3], tile[4][2], tile[4][3], low, high, x, WIDTH, GROUPS, DTYPE)
+        upper = _multiply_half_tile(tile[0], tile[1], tile[4][0], tile[4][1], pairs, x, WIDTH, GROUPS, DTYPE)
+        lower = _multiply_half_tile(tile[2], tile[3], tile[4][2], tile[4][3], pairs, x, WIDTH, GROUPS, DTYPE)
         tile = following
         norms = tl.load(norms_ptr + (first + block).to(tl.int64) * 8 + g, mask=inside, other=0)
         n0 = norm_of(norms, 0)
@@ -121,7 +123,7 @@ def exact_linear(
     words = rotate_activation(x, awq_scales, groups * ROW_GROUP)
     bands = triton.cdiv(out_features, TILE_ROWS)
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
-    warps = choose_warps(bands)
+    warps = choose_warps(bands, groups)
     _exact_matmul_kernel[(bands,)](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int64),
@@ -140,13 +142,6 @@ def exact_linear(
         enable_fp_fusion=True,
         num_stages=1,
         launch_pdl=True,
-        maxnreg=128,
+        maxnreg=choose_registers(bands, warps, groups),
     )
     return out
-
-
-def choose_warps(bands: int) -> int:
-    """Warps that share a band: few bands want many each, to fill the GPU. Measured on an H200."""
-    if bands <= 128:
-        return 16
-    return 8 if bands < 4096 else 4

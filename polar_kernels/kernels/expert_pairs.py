@@ -14,12 +14,12 @@ import triton.language as tl
 
 from polar_kernels.kernels.band_sums import sum_band
 from polar_kernels.kernels.decode_int8 import decode_half_tile
-from polar_kernels.kernels.exact_matmul import multiply_half_tile_exactly
 from polar_kernels.kernels.expert_tiles import (
     decode_tile,
     load_scale,
     load_table,
     load_x,
+    multiply_half_tile_exactly,
     multiply_tile_exactly,
 )
 from polar_kernels.kernels.int8_matmul import multiply_half_tile

@@ -3,11 +3,10 @@
 import triton
 import triton.language as tl
 
-from polar_kernels.kernels.decode_halves import load_levels
+from polar_kernels.kernels.decode_halves import decode_eight_halves, load_levels
 from polar_kernels.kernels.decode_int8 import decode_half_tile
-from polar_kernels.kernels.exact_matmul import multiply_half_tile_exactly
 from polar_kernels.kernels.int8_matmul import multiply_half_tile
-from polar_kernels.kernels.ptx import as_float, load_cached
+from polar_kernels.kernels.ptx import as_float, load_cached, mma_halves
 from polar_kernels.tiles import BF16_LEVELS, FP16_LEVELS
 
 _FP16_LEVELS, _BF16_LEVELS = tl.constexpr(FP16_LEVELS), tl.constexpr(BF16_LEVELS)
@@ -57,6 +56,29 @@ def multiply_tile(upper, lower, x):
     u = multiply_half_tile(upper, x[0], x[1])
     v = multiply_half_tile(lower, x[0], x[1])
     return u[0], u[1], u[2], u[3], v[0], v[1], v[2], v[3]
+
+
+@triton.jit
+def multiply_half_tile_exactly(
+    w0, w1, signs0, signs1, low, high, x, WIDTH: tl.constexpr, GROUPS: tl.constexpr, DTYPE: tl.constexpr
+):
+    """16 rows by 128 columns times GROUPS groups of 8 rows of x: four sums a thread and group."""
+    sums = ()
+    for _ in tl.static_range(4 * GROUPS):
+        sums = sums + (tl.zeros(signs0.shape, tl.float32),)
+    for s in tl.static_range(4):
+        words = w0 if s < 2 else w1
+        u0, u1, u2, u3 = decode_eight_halves(s, words[s % 2 * 2], signs0, low, high, WIDTH)
+        v0, v1, v2, v3 = decode_eight_halves(s, words[s % 2 * 2 + 1], signs1, low, high, WIDTH)
+        added = ()
+        for group in tl.static_range(GROUPS):
+            b = x[4 * group + s]
+            c = (sums[4 * group], sums[4 * group + 1], sums[4 * group + 2], sums[4 * group + 3])
+            c = mma_halves(u0, v0, u1, v1, b[0], b[1], c[0], c[1], c[2], c[3], DTYPE)
+            c = mma_halves(u2, v2, u3, v3, b[2], b[3], c[0], c[1], c[2], c[3], DTYPE)
+            added = added + (c[0], c[1], c[2], c[3])
+        sums = added
+    return sums
 
 
 @triton.jit

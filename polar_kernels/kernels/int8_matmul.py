@@ -14,15 +14,16 @@ import torch
 import triton
 import triton.language as tl
 
+from polar_kernels.kernels.band_programs import choose_registers, choose_warps
 from polar_kernels.kernels.band_sums import ROW_GROUP, store_band
 from polar_kernels.kernels.decode_int8 import decode_half_tile
+from polar_kernels.kernels.fragments import load_fragment
 from polar_kernels.kernels.ptx import as_float, load_cached, mma_s8, wait_for_previous_kernel
 from polar_kernels.kernels.quantize_activation import quantize_activation
 from polar_kernels.kernels.tile_access import load_tile, norm_of
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
 MAX_ROWS = 64  # of x in one launch: more would not fit in registers
-_MULTIPROCESSORS = 132  # of the GPU that the choices below were measured on
 
 
 @triton.jit
@@ -65,7 +66,8 @@ def _int8_matmul_kernel(
     tile = load_tile(tiles_ptr, first + tl.minimum(warp, blocks - 1), lane, WIDTH)
     table = load_cached(table_ptr + thread * 0)
     # Everything above was there before; x and meta come from the kernel before this one.
-    q = lane % 4 + wait_for_previous_kernel(thread)
+    own = lane + wait_for_previous_kernel(thread)
+    q = own % 4
     sums = ()
     for _ in tl.static_range(8 * GROUPS):
         sums = sums + (tl.zeros(lane.shape, tl.float32),)
@@ -83,12 +85,10 @@ def _int8_matmul_kernel(
         n3 = norm_of(norms, 48)
         added = ()
         for group in tl.static_range(GROUPS):
-            words = x_ptr + ((group * 8 + g).to(tl.int64) * blocks + block) * 32 + q * 8
-            x0 = load_cached(words)
-            x1 = load_cached(words + 4)
+            x = load_fragment(x_ptr, group, blocks, block, own, 1)
             meta = load_cached(meta_ptr + (block * padded_rows + group * 8 + 2 * q) * 2)
-            u0, u1, u2, u3 = multiply_half_tile(upper, x0, x1)
-            l0, l1, l2, l3 = multiply_half_tile(lower, x0, x1)
+            u0, u1, u2, u3 = multiply_half_tile(upper, x[0], x[1])
+            l0, l1, l2, l3 = multiply_half_tile(lower, x[0], x[1])
             base0 = as_float(meta[0])
             scale0 = as_float(meta[1])
             base1 = as_float(meta[2])
@@ -139,10 +139,10 @@ def multiply_quantized(
 ) -> torch.Tensor:
     """`out` [M, N], with the product of what `quantize_activation` made, plus bias, plus residual [M, N] contiguous."""
     rows, out_features = out.shape
-    groups = words.shape[0] // ROW_GROUP
+    groups = meta.shape[1] // ROW_GROUP
     bands = triton.cdiv(out_features, TILE_ROWS)
     blocks = tiles.shape[0] // bands
-    warps = _choose_warps(bands, groups)
+    warps = choose_warps(bands, groups)
     _int8_matmul_kernel[(bands,)](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int64),
@@ -155,7 +155,7 @@ def multiply_quantized(
         M=rows,
         N=out_features,
         blocks=blocks,
-        padded_rows=words.shape[0],
+        padded_rows=meta.shape[1],
         WIDTH=tiles.shape[1] // PLANE_WORDS,
         GROUPS=groups,
         WARPS=warps,
@@ -165,28 +165,6 @@ def multiply_quantized(
         enable_fp_fusion=True,
         num_stages=1,
         launch_pdl=True,
-        maxnreg=_choose_registers(bands, warps, groups),
+        maxnreg=choose_registers(bands, warps, groups),
     )
     return out
-
-
-def _choose_warps(bands: int, groups: int) -> int:
-    """Warps that share a band: few bands want many each, to fill the GPU; many want few, whose sums are cheaper.
-
-    Measured on an H200.
-    """
-    if groups >= 4:
-        return 4 if bands * groups >= 1024 else 8
-    if bands >= 4096 or (groups == 2 and 2 * _MULTIPROCESSORS < bands <= 4 * _MULTIPROCESSORS):
-        return 4
-    return 16 if bands <= 128 else 8
-
-
-def _choose_registers(bands: int, warps: int, groups: int) -> int | None:
-    """Registers of a thread at most: room on a multiprocessor for as many programs as there are for each, or as ptxas
-    sees fit. With room for more, programs that come early would fill some multiprocessors and leave others idle."""
-    if warps == 16:
-        return 128  # ptxas by itself would make room for a second program, and spill
-    if groups == 1 and warps == 8:
-        return 128 if bands <= 2 * _MULTIPROCESSORS else 80
-    return 128 if groups == 2 and warps == 4 and bands <= 4 * _MULTIPROCESSORS else None

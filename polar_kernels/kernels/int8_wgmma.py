@@ -116,9 +116,7 @@ def _add_parts_kernel(
     shared = shared_piece(shared_memory(parts_ptr, M < 0, thread, 1, SIZE), 0, 1, SIZE)
     gdc_wait()
     place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * SPLITS
-    first = pair % (GROUPS // 2) * 2
-    own = pair // (GROUPS // 2) * (32 * WARPS) + thread
-    sums = add_parts(parts_ptr, place, first, own, GROUPS, WARPS * SHARES, SPLITS)
+    sums = add_parts(parts_ptr, place, pair, thread, GROUPS, WARPS, SHARES, SPLITS)
     first_row = tl.program_id(0) * ROWS + pair * 16
     first_column = tl.program_id(1) * (16 * WARPS)
     store_sums(sums, bias_ptr, out_ptr, shared, thread, first_row, first_column, M, N, N, 2, WARPS, HAS_BIAS, LINES)

@@ -10,6 +10,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
+from polar_kernels.kernels.fragments import word_place
 from polar_kernels.kernels.ptx import max_lanes, sum_lanes
 from polar_kernels.kernels.rotate_block import rotate_block
 from polar_kernels.tiles import LEVEL_STEP
@@ -61,6 +62,7 @@ def _quantize_kernel(
     HAS_SCALES: tl.constexpr,
     GATED: tl.constexpr,
     ROUTED: tl.constexpr,
+    GATHERED: tl.constexpr,
     WARPS: tl.constexpr,
 ):
     if not ROUTED:
@@ -74,16 +76,16 @@ def _quantize_kernel(
     if ROUTED:
         gdc_launch_dependents()
     word, half, scale = quantize_block(x_ptr, scales_ptr, row, block, lane, K, delta, HAS_SCALES, GATED)
-    store_block(word, half, scale, out_ptr, meta_ptr, row, block, lane, blocks, padded_rows)
+    store_block(word, half, scale, out_ptr, meta_ptr, row, block, lane, blocks, padded_rows, GATHERED)
 
 
 @triton.jit
-def store_block(word, half, scale, out_ptr, meta_ptr, row, block, lane, blocks, padded_rows):
-    """What `quantize_lanes` gives, to where `int8_matmul` reads it; blocks from `blocks` on are left out."""
+def store_block(
+    word, half, scale, out_ptr, meta_ptr, row, block, lane, blocks, padded_rows, GATHERED: tl.constexpr = False
+):
+    """What `quantize_lanes` gives, to where a product reads it; blocks from `blocks` on are left out."""
     inside = block < blocks
-    # Column 32 s + 8 q + 4 r + i goes where lane q of the product reads its eight words (s, r) in a run.
-    position = (lane // 2) % 4 * 8 + lane // 8 * 2 + lane % 2
-    tl.store(out_ptr + (row * blocks + block) * 32 + position, word, mask=inside)
+    tl.store(out_ptr + word_place(row, block, blocks, lane, 1, GATHERED), word, mask=inside)
     meta = meta_ptr + (block.to(tl.int64) * padded_rows + row) * 2
     # The product's accumulator starts at _ROUND: its bits, read as a float and times scale, plus the base. That is
     # rounded by little more than a unit of the integer product: nothing beside the rounding of x.
@@ -132,12 +134,14 @@ def quantize_activation(
     *,
     gated: bool = False,
     routed: bool = False,
+    gathered: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] contiguous -> words int32 [Mp, Kp / 4] and (base, scale) fp32 [Kp / 128, Mp, 2].
 
-    table: `tiles.level_table`. padded_rows: Mp, at least M. Rows beyond M are left unwritten: each column of the
-    product depends on its own row. gated: x is [M, 2 K], and silu(first half) * second half is taken. routed: the
-    kernel that follows may read what was written before this one without waiting, and so starts only after that.
+    The words are in fragments (see there), or, gathered, a row's together. table: `tiles.level_table`. padded_rows: Mp,
+    at least M, and in fragments a multiple of 8. Rows beyond M are left unwritten: each column of the product depends
+    on its own row. gated: x is [M, 2 K], and silu(first half) * second half is taken. routed: the kernel that follows
+    may read what was written before this one without waiting, and so starts only after that.
     """
     rows, in_features = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
     words, meta = empty_words(padded_rows, in_features, x.device)
@@ -154,6 +158,7 @@ def quantize_activation(
         HAS_SCALES=awq_scales is not None,
         GATED=gated,
         ROUTED=routed,
+        GATHERED=gathered,
         WARPS=_WARPS,
         num_warps=_WARPS,
         enable_fp_fusion=True,

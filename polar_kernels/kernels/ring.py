@@ -17,9 +17,9 @@ BULK_COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 
 
 @triton.constexpr_function
-def chunk_words(rows: int) -> int:
-    """int32 words of a chunk of so many rows of activations, a multiple of 8."""
-    return rows * (ROW_BYTES + SCALE_BYTES) // 4
+def chunk_words(rows: int, scaled: bool = True) -> int:
+    """int32 words of a chunk of so many rows, a multiple of 8."""
+    return rows * (ROW_BYTES + (SCALE_BYTES if scaled else 0)) // 4
 
 
 @triton.constexpr_function
@@ -29,7 +29,7 @@ def ring_bytes(rows: int, slots: int, scaled: bool = True) -> int:
 
 @triton.constexpr_function
 def barriers_at(rows: int, slots: int, scaled: bool = True) -> int:
-    return slots * rows * (ROW_BYTES + (SCALE_BYTES if scaled else 0))
+    return slots * 4 * chunk_words(rows, scaled)
 
 
 @triton.constexpr_function

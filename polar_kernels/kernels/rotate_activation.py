@@ -1,4 +1,4 @@
-"""Activations into the rotated domain in their own 16 bits, in the order that `exact_matmul` reads them."""
+"""Activations into the rotated domain in their own 16 bits."""
 
 import torch
 import triton
@@ -6,6 +6,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
+from polar_kernels.kernels.fragments import word_place
 from polar_kernels.kernels.ptx import pack_halves
 from polar_kernels.kernels.rotate_block import rotate_block
 
@@ -24,6 +25,7 @@ def _rotate_kernel(
     HAS_SCALES: tl.constexpr,
     GATED: tl.constexpr,
     ROUTED: tl.constexpr,
+    GATHERED: tl.constexpr,
     WARPS: tl.constexpr,
 ):
     if not ROUTED:
@@ -37,21 +39,21 @@ def _rotate_kernel(
         gdc_launch_dependents()
     x0, x1, x2, x3 = rotate_block(x_ptr, scales_ptr, row, block, lane, K, HAS_SCALES, GATED)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    # Column 32 s + 8 q + 4 r + i, of lane 8 s + 2 q + r, goes where lane q of the product reads its words in a run: two
-    # words for each of the steps 2 s + r of 16 columns.
-    out = out_ptr + (row * blocks + block) * 64 + lane // 2 % 4 * 16 + (lane // 8 * 2 + lane % 2) * 2
+    out = out_ptr + word_place(row, block, blocks, lane, 2, GATHERED)
     tl.store(out, pack_halves(x0 * _FACTOR, x1 * _FACTOR, DTYPE), mask=block < blocks)
     tl.store(out + 1, pack_halves(x2 * _FACTOR, x3 * _FACTOR, DTYPE), mask=block < blocks)
 
 
 def rotate_activation(
-    x: torch.Tensor, awq_scales: torch.Tensor | None, padded_rows: int, *, gated: bool = False, routed: bool = False
+    x: torch.Tensor,
+    awq_scales: torch.Tensor | None,
+    padded_rows: int,
+    *,
+    gated: bool = False,
+    routed: bool = False,
+    gathered: bool = False,
 ) -> torch.Tensor:
-    """x [M, K] contiguous, bf16 or fp16 -> words int32 [Mp, Kp / 2].
-
-    padded_rows: Mp, at least M. Rows beyond M are left unwritten: each column of the product depends on its own row.
-    gated and routed: as `quantize_activation`'s.
-    """
+    """x [M, K] contiguous, bf16 or fp16 -> words int32 [Mp, Kp / 2]. All else as `quantize_activation`'s."""
     rows, in_features = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
     blocks = padded_size(in_features) // BLOCK_SIZE
     words = torch.empty(padded_rows, blocks * 64, dtype=torch.int32, device=x.device)
@@ -64,6 +66,7 @@ def rotate_activation(
         HAS_SCALES=awq_scales is not None,
         GATED=gated,
         ROUTED=routed,
+        GATHERED=gathered,
         WARPS=_WARPS,
         num_warps=_WARPS,
         enable_fp_fusion=True,

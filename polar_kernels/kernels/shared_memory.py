@@ -16,7 +16,13 @@ def declared_bytes(size: int) -> int:
 def launched_bytes(pieces: int, size: int) -> int:
     """Those that Triton launches the kernel with for so many pieces, a power of two."""
     left = pieces * size - declared_bytes(size)
-    return 1 << (left - 1).bit_length() if left else 0
+    return power_of_two(left) if left else 0
+
+
+@triton.constexpr_function
+def power_of_two(size: int) -> int:
+    """At least `size`, which is positive."""
+    return 1 << (size - 1).bit_length()
 
 
 @triton.constexpr_function
@@ -32,21 +38,28 @@ def declared_memory(thread, SIZE: tl.constexpr):
 
 
 @triton.jit
-def shared_memory(pointer, never, thread, PIECES: tl.constexpr, SIZE: tl.constexpr):
-    """So many pieces of SIZE bytes, a multiple of 1024, of which `shared_piece` gives the addresses.
+def launched_memory(pointer, never, thread, SIZE: tl.constexpr):
+    """The address of SIZE bytes, a power of two, that Triton launches the kernel with, beside what assembly declares.
 
     never: false, which the compiler must not know. A gather over several warps goes through as much as its source has,
     from `global_smem` on.
     """
+    if never:
+        source = tl.full((SIZE // 4,), 0, tl.int32) + tl.load(pointer)
+        tl.store(pointer + thread, tl.gather(source, thread, 0))
+    return tl.inline_asm_elementwise("mov.u32 $0, global_smem; // $1", "=r,r", [thread], tl.int32, True, 1)
+
+
+@triton.jit
+def shared_memory(pointer, never, thread, PIECES: tl.constexpr, SIZE: tl.constexpr):
+    """So many pieces of SIZE bytes, a multiple of 1024, of which `shared_piece` gives the addresses. never: see
+    `launched_memory`."""
     declared = thread * 0
     if declared_bytes(SIZE) > 0:
         declared = declared_memory(thread, SIZE)
     launched = thread * 0
     if launched_bytes(PIECES, SIZE) > 0:
-        if never:
-            source = tl.full((launched_bytes(PIECES, SIZE) // 4,), 0, tl.int32) + tl.load(pointer)
-            tl.store(pointer + thread, tl.gather(source, thread, 0))
-        launched = tl.inline_asm_elementwise("mov.u32 $0, global_smem; // $1", "=r,r", [thread], tl.int32, True, 1)
+        launched = launched_memory(pointer, never, thread, launched_bytes(PIECES, SIZE))
     return declared, launched
 
 

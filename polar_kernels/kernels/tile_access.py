@@ -13,12 +13,6 @@ _PLANE_WORDS = tl.constexpr(PLANE_WORDS)
 
 
 @triton.jit
-def load_plane(tiles_ptr, tile, plane: tl.constexpr, lane, WIDTH: tl.constexpr):
-    """Four words of one plane of a tile; tile: its number."""
-    return load_stream(tiles_ptr + tile.to(tl.int64) * (_PLANE_WORDS * WIDTH) + lane * 4 + plane * _PLANE_WORDS)
-
-
-@triton.jit
 def load_tile(tiles_ptr, tile, lane, WIDTH: tl.constexpr):
     """The four planes of magnitudes and the one of signs, four words each; tile: its number."""
     plane = tiles_ptr + tile.to(tl.int64) * (_PLANE_WORDS * WIDTH) + lane * 4

@@ -1,4 +1,4 @@
-"""A ring of slots in shared memory for tiles, beside one of chunks of x (`ring`), and the tables of PART_LEVELS.
+"""A ring of slots in shared memory for tiles, beside one of chunks of x (`ring`).
 
 A slot has a tile of each of some bands, two warps a band, and an mbarrier for each, which opens when the tile has
 landed. The first lane of a band's second warp starts its copies. Nobody releases a slot: a chunk is released only after
@@ -9,18 +9,17 @@ import triton
 import triton.language as tl
 
 from polar_kernels.kernels.ptx import load_shared, load_shared_two
-from polar_kernels.kernels.ring import BULK_COPY, ROW_BYTES, SCALE_BYTES, barriers_at, copy_chunk_code
+from polar_kernels.kernels.ring import BULK_COPY, barriers_at, chunk_words, copy_chunk_code
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS
-from polar_kernels.tiles import PART_LEVELS, PARTS, PLANE_WORDS
+from polar_kernels.tiles import PLANE_WORDS
 
 TILE_SLOTS = SCALE_BLOCKS  # so that each block of a group has its own
-_TABLES_BYTES = 16 * (PARTS + 1)
-_PART_LEVELS, _PLANE_BYTES = tl.constexpr(PART_LEVELS), tl.constexpr(4 * PLANE_WORDS)
+_PLANE_BYTES = tl.constexpr(4 * PLANE_WORDS)
 
 
 @triton.constexpr_function
 def tile_ring_bytes(width: int, warps: int) -> int:
-    return _barriers_at(width, warps) + 8 * (TILE_SLOTS * warps // 2 + 1)
+    return _barriers_at(width, warps) + 8 * (TILE_SLOTS * warps // 2)
 
 
 @triton.constexpr_function
@@ -29,28 +28,21 @@ def _tile_bytes(width: int) -> int:
 
 
 @triton.constexpr_function
-def _tables_at(width: int, warps: int) -> int:
+def _barriers_at(width: int, warps: int) -> int:
+    """Those of the bands' tiles in the first slot, and so on."""
     return TILE_SLOTS * (warps // 2) * _tile_bytes(width)
 
 
 @triton.constexpr_function
-def _barriers_at(width: int, warps: int) -> int:
-    """That of the tables, then those of the bands' tiles in the first slot, and so on."""
-    return _tables_at(width, warps) + _TABLES_BYTES
-
-
-@triton.constexpr_function
 def _open_code(width: int, warps: int) -> str:
-    """PTX: the ring at $1 gets its barriers from the thread whose $2 is 0, which starts copying the tables at $3."""
+    """PTX: the ring at $1 gets its barriers from the thread whose $2 is 0."""
     bar = _barriers_at(width, warps)
     made = " ".join(
-        f"mbarrier.init.shared::cta.b64 [$1+{bar + 8 * number}], 1;" for number in range(TILE_SLOTS * warps // 2 + 1)
+        f"mbarrier.init.shared::cta.b64 [$1+{bar + 8 * number}], 1;" for number in range(TILE_SLOTS * warps // 2)
     )
     return (
-        "{ .reg .pred p; .reg .b32 to, bar; setp.ne.u32 p, $2, 0; @p bra past;"
-        f"{made} fence.proxy.async.shared::cta; add.u32 to, $1, {_tables_at(width, warps)}; add.u32 bar, $1, {bar};"
-        f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {_TABLES_BYTES};"
-        f"{BULK_COPY} [to], [$3], {_TABLES_BYTES}, [bar]; past: bar.sync 0; mov.u32 $0, $1; }}"
+        f"{{ .reg .pred p; setp.ne.u32 p, $2, 0; @p bra past; {made} fence.proxy.async.shared::cta;"
+        "past: bar.sync 0; mov.u32 $0, $1; }"
     )
 
 
@@ -82,27 +74,27 @@ def _fill_code(width: int, warps: int) -> str:
 
 
 @triton.constexpr_function
-def _refill_code(rows: int, x_slots: int, block: int, width: int, warps: int) -> str:
+def _refill_code(rows: int, x_slots: int, block: int, width: int, warps: int, scaled: bool) -> str:
     """PTX: what `refill` says. $1: the role; $2: the ring of chunks; $3, $4: the band's place and barrier in the first
     slot; $5: the parity of the chunk before; $6: the block, whose number in its group is `block`; $7: how many there
     will be; $8, $9: the numbers of the last chunk and the last tile; $10, $11: the first ones."""
-    empty = barriers_at(rows, x_slots) + 8 * (x_slots + (block - 1) % x_slots)
+    empty = barriers_at(rows, x_slots, scaled) + 8 * (x_slots + (block - 1) % x_slots)
     ahead, tiles_ahead = block - 1 + x_slots, block - 1 + TILE_SLOTS
-    scales = ahead % SCALE_BLOCKS == SCALE_BLOCKS - 1
-    chunk = copy_chunk_code(rows, x_slots, ahead % x_slots, "$2", "source", True, scales)
+    scales = scaled and ahead % SCALE_BLOCKS == SCALE_BLOCKS - 1
+    chunk = copy_chunk_code(rows, x_slots, ahead % x_slots, "$2", "source", scaled, scales)
     tile = _copy_tile_code(width, warps, tiles_ahead % TILE_SLOTS, "$3", "$4", "$11", "later")
     return (
         "{ .reg .pred p, done; .reg .b32 bar, to, later; .reg .b64 from, source; setp.eq.u32 p, $1, 0; @p bra past;"
         f"again: mbarrier.try_wait.parity.shared::cta.b64 done, [$2+{empty}], $5; @!done bra again;"
         f"setp.eq.u32 p, $1, 2; @p bra tiles; add.s32 later, $6, {x_slots - 1}; setp.ge.s32 p, later, $7; @p bra past;"
-        f"min.s32 later, later, $8; mad.wide.s32 source, later, {rows * (ROW_BYTES + SCALE_BYTES)}, $10; {chunk}"
+        f"min.s32 later, later, $8; mad.wide.s32 source, later, {4 * chunk_words(rows, scaled)}, $10; {chunk}"
         f"bra past; tiles: add.s32 later, $6, {TILE_SLOTS - 1}; setp.ge.s32 p, later, $7; @p bra past;"
         f"min.s32 later, later, $9; {tile} past: bar.warp.sync 0xffffffff; mov.b32 $0, 0; }}"
     )
 
 
 @triton.constexpr_function
-def _wait_code(number: int) -> str:
+def wait_code(number: int) -> str:
     """PTX: wait until barrier `number` from $1 on has opened for the time of parity $2."""
     return (
         f"{{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [$1+{8 * number}], $2;"
@@ -111,18 +103,17 @@ def _wait_code(number: int) -> str:
 
 
 @triton.jit
-def open_tile_ring(ring, table_ptr, thread, WIDTH: tl.constexpr, WARPS: tl.constexpr):
-    """The ring at an address of shared memory, for WARPS warps, the tables on their way. All threads of the program
-    together; thread: of those warps."""
+def open_tile_ring(ring, thread, WIDTH: tl.constexpr, WARPS: tl.constexpr):
+    """The ring at an address of shared memory, for WARPS warps. All threads of the program together; thread: of those
+    warps."""
     code: tl.constexpr = _open_code(WIDTH, WARPS)
-    tables = table_ptr.to(tl.int64) + 4 * _PART_LEVELS
-    return tl.inline_asm_elementwise(code, "=&r,r,r,l", [ring, thread, tables], tl.int32, False, 1)
+    return tl.inline_asm_elementwise(code, "=&r,r,r", [ring, thread], tl.int32, False, 1)
 
 
 @triton.jit
 def band_place(ring, band, WIDTH: tl.constexpr, WARPS: tl.constexpr):
     """The address of a band's tile in the first slot, and of its barrier. band: of a ring's, uniform in a warp."""
-    return ring + band * _tile_bytes(WIDTH), ring + (_barriers_at(WIDTH, WARPS) + 8) + band * 8
+    return ring + band * _tile_bytes(WIDTH), ring + _barriers_at(WIDTH, WARPS) + band * 8
 
 
 @triton.jit
@@ -151,6 +142,7 @@ def refill(
     X_SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
     WARPS: tl.constexpr,
+    SCALED: tl.constexpr = True,
 ):
     """Once all warps have released the chunk of the block before `step`, start copying what its slots have next, if it
     is of a block before `steps`.
@@ -159,17 +151,9 @@ def refill(
     there was a block, else 0; last_chunk, last_tile: the numbers of the last, which all after it repeat; chunk, tile:
     the addresses of the first ones; BLOCK: which of its group `step` is.
     """
-    code: tl.constexpr = _refill_code(ROWS, X_SLOTS, BLOCK, WIDTH, WARPS)
+    code: tl.constexpr = _refill_code(ROWS, X_SLOTS, BLOCK, WIDTH, WARPS, SCALED)
     operands = [role, ring, place[0], place[1], parity, step, steps, last_chunk, last_tile, chunk, tile]
     tl.inline_asm_elementwise(code, "=r,r,r,r,r,r,r,r,r,r,l,l", operands, tl.int32, False, 1)
-
-
-@triton.jit
-def wait_for_tables(ring, WIDTH: tl.constexpr, WARPS: tl.constexpr):
-    """The address of the tables, once they are there."""
-    wait: tl.constexpr = _wait_code(0)
-    tl.inline_asm_elementwise(wait, "=r,r,r", [ring + _barriers_at(WIDTH, WARPS), ring * 0], tl.int32, False, 1)
-    return ring + _tables_at(WIDTH, WARPS)
 
 
 @triton.jit
@@ -178,7 +162,7 @@ def load_ring_tile(place, lanes, slot: tl.constexpr, parity, WIDTH: tl.constexpr
 
     lanes: see `lane_places`.
     """
-    wait: tl.constexpr = _wait_code(slot * (WARPS // 2))
+    wait: tl.constexpr = wait_code(slot * (WARPS // 2))
     tl.inline_asm_elementwise(wait, "=r,r,r", [place[1], parity], tl.int32, False, 1)
     AT: tl.constexpr = slot * (WARPS // 2) * _tile_bytes(WIDTH)
     first = load_shared(lanes[0], AT)

@@ -2,7 +2,7 @@
 
 | rows of x | int8 | exact |
 |---|---|---|
-| 1 to 32 | int8_matmul | exact_planes to 4, exact_matmul, 16 at a time, to 48 |
+| 1 to 32 | int8_matmul | exact_matmul, 16 at a time, to 48 |
 | to 1536, to 1024 of a tiny weight, to 2048 where K is no multiple of 512, on Hopper | int8_wgmma | dense |
 | more, of a weight that is not tiny, K a multiple of 512, on Hopper | int8_dense | dense |
 | else | dense | dense |
@@ -18,9 +18,8 @@ import torch
 
 from polar_kernels.codebook import bits_of
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
-from polar_kernels.kernels import dequantize, exact_matmul, exact_planes, int8_dense, int8_matmul, matmul
+from polar_kernels.kernels import dequantize, exact_matmul, int8_dense, int8_matmul, matmul
 from polar_kernels.kernels.exact_matmul import exact_linear
-from polar_kernels.kernels.exact_planes import exact_planes_linear
 from polar_kernels.kernels.int8_dense import int8_dense_linear
 from polar_kernels.kernels.int8_matmul import int8_linear
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
@@ -58,8 +57,6 @@ def tiled_linear(
         return matmul.linear(x, packed, norms, awq_scales, centroids, bias)
     weight = (tiles, tile_norms, awq_scales, level_table, bias, out_features)
     can_be_dense = in_features % _STORE_COLUMNS == 0
-    if exact and rows <= exact_planes.MAX_ROWS:
-        return exact_planes_linear(x, *weight)
     if exact:
         if can_be_dense and rows > _EXACT_ROWS:
             return _dense_linear(x, *weight)

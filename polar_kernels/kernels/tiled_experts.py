@@ -155,9 +155,10 @@ def weighted_sum(made: torch.Tensor, index: torch.Tensor, weights: torch.Tensor,
 def _rotated(
     x: torch.Tensor, weight: Tiled, exact: bool, *, gated: bool = False, routed: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    how = {"gated": gated, "routed": routed, "gathered": True}
     if exact:
-        return rotate_activation(x, weight.awq_scales, len(x), gated=gated, routed=routed), None
-    return quantize_activation(x, weight.awq_scales, weight.level_table, len(x), gated=gated, routed=routed)
+        return rotate_activation(x, weight.awq_scales, len(x), **how), None
+    return quantize_activation(x, weight.awq_scales, weight.level_table, len(x), **how)
 
 
 def _choose_group_rows(pairs: int, count: int, exact: bool, wgmma: bool) -> int:

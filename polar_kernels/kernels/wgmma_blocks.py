@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 
 from polar_kernels.kernels.decode_int8 import decode_half_tile
-from polar_kernels.kernels.part_levels import largest_norms, load_norms, load_part_levels
+from polar_kernels.kernels.part_levels import (
+    TABLES_BYTES,
+    copy_tables,
+    largest_norms,
+    load_norms,
+    load_part_levels,
+    wait_for_tables,
+)
 from polar_kernels.kernels.ptx import first_lane, wait_for_previous_kernel
 from polar_kernels.kernels.ring import (
     chunk_words,
@@ -30,7 +37,6 @@ from polar_kernels.kernels.tile_ring import (
     open_tile_ring,
     refill,
     tile_ring_bytes,
-    wait_for_tables,
 )
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS
 from polar_kernels.tiles import PLANE_WORDS
@@ -134,7 +140,12 @@ def add_scaled(sums, products, at: tl.constexpr, n0, n1, scales):
 @triton.constexpr_function
 def piece_bytes(rows: int, x_slots: int, width: int, warps: int) -> int:
     """Shared memory that `multiply_bands` takes, in bytes."""
-    return -(-(ring_bytes(rows, x_slots) + tile_ring_bytes(width, warps)) // 1024) * 1024
+    return -(-(_tables_at(rows, x_slots, width, warps) + TABLES_BYTES) // 1024) * 1024
+
+
+@triton.constexpr_function
+def _tables_at(rows: int, x_slots: int, width: int, warps: int) -> int:
+    return -(-(ring_bytes(rows, x_slots) + tile_ring_bytes(width, warps)) // 16) * 16
 
 
 @triton.jit
@@ -181,7 +192,8 @@ def multiply_bands(
     tile = first_tile + tl.minimum(warp // 2, bands - 1) * band_tiles
     norms_place = norms_ptr + tile.to(tl.int64) * 16 + lane // 4 * 2 + warp % 2
     norms = load_norms(norms_place, 0, count)
-    tile_ring = open_tile_ring(shared + ring_bytes(ROWS, X_SLOTS), table_ptr, thread, WIDTH, WARPS)
+    tables = copy_tables(shared + _tables_at(ROWS, X_SLOTS, WIDTH, WARPS), table_ptr, thread)
+    tile_ring = open_tile_ring(shared + ring_bytes(ROWS, X_SLOTS), thread, WIDTH, WARPS)
     ring = open_ring(shared, thread, ROWS, X_SLOTS, WARPS)
     place = band_place(tile_ring, warp // 2, WIDTH, WARPS)
     role = tl.where(lane == 0, tl.where(warp % 2 == 1, 2, (warp == 0).to(tl.int32)), 0)
@@ -198,7 +210,7 @@ def multiply_bands(
         sums = sums + (tl.zeros(lane.shape, tl.float32),)
     first_scales = scales_of(ring, q, ROWS, X_SLOTS)
     lanes = lane_places(place, warp % 2, lane)
-    tables = wait_for_tables(tile_ring, WIDTH, WARPS)
+    wait_for_tables(tables)
     for start in range(0, steps, _SHARE):
         parity = start // _SHARE % 2
         n0, n1, inverse0, inverse1 = largest_norms(norms)

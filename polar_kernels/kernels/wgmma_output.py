@@ -86,14 +86,19 @@ def store_part(sums, parts_ptr, place, thread, GROUPS: tl.constexpr, WARPS: tl.c
 
 
 @triton.jit
-def add_parts(parts_ptr, place, first, thread, GROUPS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr):
-    """The sums of two groups, from the first on, over so many neighbouring parts."""
-    parts = parts_ptr + place * (GROUPS * 128 * WARPS) + first * (128 * WARPS) + thread * 4
+def add_parts(
+    parts_ptr, place, pair, thread, GROUPS: tl.constexpr, WARPS: tl.constexpr, SHARES: tl.constexpr, PARTS: tl.constexpr
+):
+    """The sums of 16 rows of x, two groups, over so many neighbouring parts. thread: of a share's WARPS warps."""
+    SIZE: tl.constexpr = GROUPS * SHARES * 128 * WARPS  # of a part
+    parts = parts_ptr + place * SIZE + thread * 4
     added = ()
     for i in tl.static_range(2):
-        four = _floats(load_cached(parts + i * (128 * WARPS)))
+        group = pair * 2 + i  # of all shares', each GROUPS
+        own = parts + (group % GROUPS * SHARES + group // GROUPS) * (128 * WARPS)
+        four = _floats(load_cached(own))
         for part in tl.static_range(1, PARTS):
-            four = _add_four(four, load_cached(parts + part * (GROUPS * 128 * WARPS) + i * (128 * WARPS)))
+            four = _add_four(four, load_cached(own + part * SIZE))
         added = added + four
     return added
 

@@ -17,7 +17,6 @@ from triton.runtime.jit import JITFunction, mangle_type
 from polar_kernels import lloyd_max_levels
 from polar_kernels.kernels import int8_wgmma, tiled_experts
 from polar_kernels.kernels.exact_matmul import exact_linear
-from polar_kernels.kernels.exact_planes import exact_planes_linear
 from polar_kernels.kernels.int8_dense import int8_dense_linear
 from polar_kernels.kernels.int8_matmul import int8_linear
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
@@ -51,8 +50,7 @@ for form in FORMS[1:4]:  # of each kind of shared memory one
 int8_dense_linear(x, *five, None, 96)
 for rows in (1, 32):
     int8_linear(x[:rows], *five, None, 96)
-exact_linear(x[:16], *five, None, 96)
-exact_planes_linear(x[:2], *five, None, 96)
+    exact_linear(x[: min(rows, 16)], *five, None, 96)
 dequantize_tiles(*five, torch.empty(96, 1024).bfloat16())
 stack = tiled_experts.Tiled(*weight(2 * 1024), lloyd_max_levels(5))
 both = stack._replace(tiles=stack.tiles.repeat(2, 1))
@@ -62,7 +60,6 @@ print(*sorted(set(compiled)))
 KERNELS = {
     "_add_parts_kernel",
     "_exact_matmul_kernel",
-    "_exact_planes_kernel",
     "_expert_wgmma_kernel",
     "_int8_dense_kernel",
     "_int8_matmul_kernel",

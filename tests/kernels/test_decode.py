@@ -9,15 +9,16 @@ import torch
 from polar_kernels import lloyd_max_levels, pack_codes, unpack_codes
 from polar_kernels.kernels.decode_halves import decode_halves_code
 from polar_kernels.kernels.decode_int8 import decode_int8_code
-from polar_kernels.kernels.decode_planes import decode_planes_code
+from polar_kernels.kernels.decode_pairs import decode_pairs_code
 from polar_kernels.tiles import (
     BF16_LEVELS,
+    BF16_PAIRS,
     FP16_LEVELS,
-    PLANE_LEVELS,
+    FP16_PAIRS,
+    PAIRS,
     PLANE_WORDS,
     half_integer_levels,
     level_table,
-    plane_levels,
     tile_weight,
     tile_width,
 )
@@ -45,20 +46,25 @@ INSTRUCTIONS: dict[str, Callable[..., int]] = {
     "xor.b32": lambda a, b: a ^ b,
     "shl.b32": lambda a, n: a << n & WORD,
     "shr.u32": lambda a, n: a >> n,
+    "dp4a.u32.u32": lambda a, b, c: sum((a >> i & 0xFF) * (b >> i & 0xFF) for i in (0, 8, 16, 24)) + c & WORD,
     "dp2a.lo.u32.u32": lambda a, b, c: (a & 0xFFFF) * (b & 0xFF) + (a >> 16) * (b >> 8 & 0xFF) + c & WORD,
     "prmt.b32": _permute,
     "lop3.b32": _look_up_bits,
 }
 
 
-def run(code: str, registers: dict[str, int], outputs: int) -> list[int]:
-    """The values of $0 .. after the code."""
+def run(code: str, registers: dict[str, int], outputs: int, shared: dict[int, int] | None = None) -> list[int]:
+    """The values of $0 .. after the code. shared: words of shared memory by their addresses."""
     registers = dict(registers)
     body = re.fullmatch(r"\{ \.reg \.b32 [\w, ]+;(.*)\}", code)
     assert body
     for line in filter(None, (piece.strip() for piece in body[1].split(";"))):
         name, operands = line.split(" ", 1)
         target, *sources = (operand.strip() for operand in operands.split(","))
+        if name == "ld.shared.b32":
+            assert shared is not None
+            registers[target] = shared[registers[sources[0].strip("[]")]]
+            continue
         values = [registers[s] if s in registers else int(s, 0) for s in sources]
         registers[target] = INSTRUCTIONS[name](*values)
     return [registers[f"${i}"] for i in range(outputs)]
@@ -121,19 +127,20 @@ def test_halves(tile, step: int, dtype: torch.dtype) -> None:
             assert found.tolist() == [levels[code_of(codes, lane, row_word, step, *place)] for place in places]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("step", range(4))
-def test_planes(tile, step: int) -> None:
-    """Both bytes of a level, or the complements of both."""
+def test_pairs(tile, step: int, dtype: torch.dtype) -> None:
+    """Looked up in shared memory, where a lane's copy of the table is every 128 bytes."""
     bits, codes, planes, table = tile
-    high, low, _ = plane_levels(lloyd_max_levels(bits)[1 << (bits - 1) :])
-    program = decode_planes_code(step, tile_width(bits))
+    levels = lloyd_max_levels(bits).to(dtype)
+    start = FP16_PAIRS if dtype == torch.float16 else BF16_PAIRS
+    program = decode_pairs_code(step, tile_width(bits))
     for lane in range(32):
+        shared = {4096 + 128 * i + 4 * lane: int(word) for i, word in enumerate(table[start : start + PAIRS])}
         for row_word in range(4):
             word, signs = lane_words(planes, lane, row_word, step)
-            registers = {"$4": word, "$5": signs} | {f"${6 + i}": int(table[PLANE_LEVELS + i]) for i in range(8)}
-            found_planes = run(program, registers, 4)
-            for plane, steps in enumerate((high, low)):
-                levels = [*(-1 - steps.flip(0)).tolist(), *steps.tolist()]
-                for r, register in enumerate(found_planes[2 * plane : 2 * plane + 2]):
-                    found = [int.from_bytes([byte], signed=True) for byte in register.to_bytes(4, "little")]
-                    assert found == [levels[code_of(codes, lane, row_word, step, r, i)] for i in range(4)]
+            spread = _permute(signs, signs, 0x1302)
+            registers = {"$4": word, "$5": spread, "$6": 4096 + 4 * lane}
+            found = torch.tensor(run(program, registers, 4, shared)).to(torch.uint32).view(dtype)
+            places = [(r, i) for r in range(2) for i in range(4)]
+            assert found.tolist() == [levels[code_of(codes, lane, row_word, step, *place)] for place in places]

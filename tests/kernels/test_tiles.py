@@ -5,14 +5,13 @@ import torch
 
 from polar_kernels import ArgumentError, lloyd_max_levels, pack_codes, published_levels
 from polar_kernels.tiles import (
-    LEVEL_HALVES,
+    FP16_PAIRS,
     LEVEL_STEP,
     PART_LEVELS,
     PARTS,
     half_integer_levels,
     is_tileable,
     level_table,
-    plane_levels,
     tile_weight,
     untile_rows,
     untile_weight,
@@ -72,22 +71,13 @@ def test_half_integers_are_close_to_the_levels(bits: int) -> None:
     assert ((steps + 0.5) * delta - positive).abs().max() < 0.51 * delta
 
 
-@pytest.mark.parametrize("levels", [lloyd_max_levels(2), lloyd_max_levels(3), lloyd_max_levels(5), published_levels(5)])
-def test_levels_in_two_planes(levels: torch.Tensor) -> None:
-    positive = levels[len(levels) // 2 :].double()
-    high, low, delta = plane_levels(positive)
-    assert torch.equal(high & 127, high)
-    assert torch.equal(low & 127, low)
-    error = (128 * high + low + LEVEL_HALVES) * delta - positive
-    assert error.abs().max() < 4e-5 * positive[-1]
-
-
 @pytest.mark.parametrize("levels", [lloyd_max_levels(2), lloyd_max_levels(5), published_levels(5)])
 def test_levels_times_parts(levels: torch.Tensor) -> None:
     """The whole is the table of the levels themselves; any part is off by half a step at most."""
     table, positive = level_table(levels), levels[len(levels) // 2 :].double()
-    tables = table[PART_LEVELS:].view(PARTS + 1, 4).view(torch.uint8).double()[:, : len(positive)]
-    assert torch.equal(table[PART_LEVELS:].view(-1, 4)[PARTS], table[:4])
+    words = table[PART_LEVELS:FP16_PAIRS].view(PARTS + 1, 4)
+    tables = words.view(torch.uint8).double()[:, : len(positive)]
+    assert torch.equal(words[PARTS], table[:4])
     delta = float(table[LEVEL_STEP].view(torch.float32))
     exact = torch.arange(PARTS + 1).double()[:, None] / PARTS * positive
     assert ((tables + 0.5) * delta - exact).abs().max() < 0.51 * delta

@@ -80,6 +80,10 @@ def _add_bytes(a: Words, b: Words, c: Words) -> Words:
     return ((_unpack(a, "s8") * _unpack(b, "s8")).sum(1) + c.view(np.int32)).astype(np.int32).view(np.uint32)
 
 
+def _add_unsigned_bytes(a: Words, b: Words, c: Words) -> Words:
+    return (a.view(np.uint8).reshape(-1, 4) * b.view(np.uint8).reshape(-1, 4).astype(np.uint32)).sum(1, np.uint32) + c
+
+
 def _add_pairs(a: Words, b: Words, c: Words) -> Words:
     """Both halves of a by the two lowest bytes of b."""
     return (
@@ -101,6 +105,7 @@ INSTRUCTIONS: dict[str, Callable[..., Words]] = {
     "add.s32": lambda a, b: a + b,
     "mul.lo.u32": lambda a, b: a * b,
     "dp4a.s32.s32": _add_bytes,
+    "dp4a.u32.u32": _add_unsigned_bytes,
     "dp2a.lo.u32.u32": _add_pairs,
     "setp.ne.u32": lambda a, b: a != b,
     "mad.lo.u32": lambda a, b, c: a * b + c,
