@@ -12,7 +12,8 @@ from polar_kernels.kernels.rotate_block import rotate_block
 
 _WARPS = 4
 # sqrt(128) of the rotation and sqrt(128) of the levels; together they also keep large fp16 values in range.
-_FACTOR = tl.constexpr(1 / BLOCK_SIZE)
+FACTOR = 1 / BLOCK_SIZE
+_FACTOR = tl.constexpr(FACTOR)
 
 
 @triton.jit(do_not_specialize=["K", "blocks"])

@@ -50,6 +50,19 @@ def launched_memory(pointer, never, thread, SIZE: tl.constexpr):
     return tl.inline_asm_elementwise("mov.u32 $0, global_smem; // $1", "=r,r", [thread], tl.int32, True, 1)
 
 
+@triton.constexpr_function
+def all_launched_bytes(pieces: int, size: int) -> int:
+    """What `all_launched` takes: more than 48 KB, since Triton asks for more in all only if it launches with more."""
+    return max(power_of_two(pieces * size), 64 << 10)
+
+
+@triton.jit
+def all_launched(pointer, never, thread, PIECES: tl.constexpr, SIZE: tl.constexpr):
+    """As `shared_memory`, beside what assembly has to declare for something else."""
+    first = launched_memory(pointer, never, thread, all_launched_bytes(PIECES, SIZE))
+    return first, first + (SIZE if declared_bytes(SIZE) > 0 else 0)
+
+
 @triton.jit
 def shared_memory(pointer, never, thread, PIECES: tl.constexpr, SIZE: tl.constexpr):
     """So many pieces of SIZE bytes, a multiple of 1024, of which `shared_piece` gives the addresses. never: see

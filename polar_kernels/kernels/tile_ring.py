@@ -8,13 +8,22 @@ its block's tiles have been decoded.
 import triton
 import triton.language as tl
 
-from polar_kernels.kernels.ptx import load_shared, load_shared_two
-from polar_kernels.kernels.ring import BULK_COPY, barriers_at, chunk_words, copy_chunk_code
+from polar_kernels.kernels.ptx import load_shared, load_shared_two, wait_for_previous_kernel
+from polar_kernels.kernels.ring import (
+    BULK_COPY,
+    barriers_at,
+    chunk_words,
+    copy_chunk_code,
+    fill_slot,
+    open_ring,
+    ring_bytes,
+)
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS
 from polar_kernels.tiles import PLANE_WORDS
 
 TILE_SLOTS = SCALE_BLOCKS  # so that each block of a group has its own
-_PLANE_BYTES = tl.constexpr(4 * PLANE_WORDS)
+_TILE_SLOTS = tl.constexpr(TILE_SLOTS)
+_PLANE_WORDS, _PLANE_BYTES = tl.constexpr(PLANE_WORDS), tl.constexpr(4 * PLANE_WORDS)
 
 
 @triton.constexpr_function
@@ -103,7 +112,59 @@ def wait_code(number: int) -> str:
 
 
 @triton.jit
-def open_tile_ring(ring, thread, WIDTH: tl.constexpr, WARPS: tl.constexpr):
+def open_rings(
+    shared,
+    tiles_ptr,
+    tile,
+    last_tile,
+    x_ptr,
+    first_chunk,
+    last_chunk,
+    thread,
+    warp,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
+    X_SLOTS: tl.constexpr,
+    SCALED: tl.constexpr = True,
+):
+    """Both rings at an address of shared memory, with what is first in them on its way. All threads of the program
+    together. Waits for the kernel before, which writes x, and starts to read tiles before that.
+
+    tile: the number of a band's first one, and first_chunk that of x's; last_tile, last_chunk: counted from there,
+    which all after them repeat; thread: of WARPS warps, and its warp. Returns the ring of chunks, `_band_place`, the
+    role (see `refill`), and the addresses of the first chunk and the first tile.
+    """
+    TILE: tl.constexpr = 4 * _PLANE_WORDS * WIDTH  # bytes
+    CHUNK: tl.constexpr = 4 * chunk_words(ROWS, SCALED)
+    lane = thread % 32
+    tile_ring = _open_tile_ring(shared + ring_bytes(ROWS, X_SLOTS, SCALED), thread, WIDTH, WARPS)
+    ring = open_ring(shared, thread, ROWS, X_SLOTS, WARPS, SCALED)
+    place = _band_place(tile_ring, warp // 2, WIDTH, WARPS)
+    role = tl.where(lane == 0, tl.where(warp % 2 == 1, 2, (warp == 0).to(tl.int32)), 0)
+    first_tile_at = tiles_ptr.to(tl.int64) + tile.to(tl.int64) * TILE
+    _fill_tiles(place, role, last_tile, first_tile_at, WIDTH, WARPS)
+    # Everything above was there before; x comes from the kernel before this one.
+    zero = wait_for_previous_kernel(thread)
+    first_chunk_at = x_ptr.to(tl.int64) + first_chunk.to(tl.int64) * CHUNK
+    for block in tl.static_range(X_SLOTS):
+        chunk_at = first_chunk_at + tl.minimum(block, last_chunk) * CHUNK
+        fill_slot(ring, zero + block, 0, (role == 1).to(tl.int32), chunk_at, ROWS, X_SLOTS, False, SCALED)
+    return ring, place, role, first_chunk_at, first_tile_at
+
+
+@triton.jit
+def chunk_parity(group_parity, block: tl.constexpr, X_SLOTS: tl.constexpr):
+    """How often, modulo 2, the slot of a chunk has been used before. group_parity: of its group of TILE_SLOTS blocks,
+    where it is the one of this number, from -1 on."""
+    if X_SLOTS == _TILE_SLOTS:
+        return group_parity if block >= 0 else group_parity ^ 1
+    else:
+        return group_parity * 0 + block // X_SLOTS % 2
+
+
+@triton.jit
+def _open_tile_ring(ring, thread, WIDTH: tl.constexpr, WARPS: tl.constexpr):
     """The ring at an address of shared memory, for WARPS warps. All threads of the program together; thread: of those
     warps."""
     code: tl.constexpr = _open_code(WIDTH, WARPS)
@@ -111,14 +172,14 @@ def open_tile_ring(ring, thread, WIDTH: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def band_place(ring, band, WIDTH: tl.constexpr, WARPS: tl.constexpr):
+def _band_place(ring, band, WIDTH: tl.constexpr, WARPS: tl.constexpr):
     """The address of a band's tile in the first slot, and of its barrier. band: of a ring's, uniform in a warp."""
     return ring + band * _tile_bytes(WIDTH), ring + _barriers_at(WIDTH, WARPS) + band * 8
 
 
 @triton.jit
-def fill_tiles(place, role, last_tile, source, WIDTH: tl.constexpr, WARPS: tl.constexpr):
-    """Start copying the tiles of the first blocks. place: see `band_place`; role: see `refill`; last_tile: the number
+def _fill_tiles(place, role, last_tile, source, WIDTH: tl.constexpr, WARPS: tl.constexpr):
+    """Start copying the tiles of the first blocks. place: see `_band_place`; role: see `refill`; last_tile: the number
     of the last, which all after it repeat; source: the address of the first one."""
     code: tl.constexpr = _fill_code(WIDTH, WARPS)
     operands = [role, place[0], place[1], last_tile, source]

@@ -1,11 +1,19 @@
 """A weight in tile layout multiplied or dequantised: which kernel for which input.
 
-| rows of x | int8 | exact |
-|---|---|---|
-| 1 to 32 | int8_matmul | exact_matmul, 16 at a time, to 48 |
-| to 1536, to 1024 of a tiny weight, to 2048 where K is no multiple of 512, on Hopper | int8_wgmma | dense |
-| more, of a weight that is not tiny, K a multiple of 512, on Hopper | int8_dense | dense |
-| else | dense | dense |
+| rows of x | int8 |
+|---|---|
+| 1 to 32 | int8_matmul |
+| to 1536, to 1024 of a tiny weight, to 2048 where K is no multiple of 512, on Hopper | int8_wgmma |
+| more, of a weight that is not tiny, K a multiple of 512, on Hopper | int8_dense |
+| else, to 128 | int8_matmul, 64 at a time |
+| else | dense |
+
+| rows of x | exact |
+|---|---|
+| 1 to 16 | exact_matmul |
+| to 512 on Hopper | exact_wgmma |
+| else, to 48 | exact_matmul, 16 at a time |
+| else | dense |
 
 dense: the weight dequantised, a part at a time, into one buffer that cuBLAS multiplies by. fp32 takes the plain kernel.
 """
@@ -20,6 +28,7 @@ from polar_kernels.codebook import bits_of
 from polar_kernels.hadamard import BLOCK_SIZE, padded_size
 from polar_kernels.kernels import dequantize, exact_matmul, int8_dense, int8_matmul, matmul
 from polar_kernels.kernels.exact_matmul import exact_linear
+from polar_kernels.kernels.exact_wgmma import exact_wgmma_linear
 from polar_kernels.kernels.int8_dense import int8_dense_linear
 from polar_kernels.kernels.int8_matmul import int8_linear
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
@@ -27,7 +36,8 @@ from polar_kernels.kernels.tile_dequantize import dequantize_tiles
 from polar_kernels.tiles import TILE_ROWS, untile_weight
 
 # Rows of x up to which a kernel is the fastest, from times on an H200, and on an H100 where wgmma is concerned.
-_EXACT_ROWS = 3 * exact_matmul.MAX_ROWS
+_EXACT_WGMMA_ROWS = 512
+_EXACT_ROWS = 3 * exact_matmul.MAX_ROWS  # without wgmma
 NARROW_ROWS = 32  # int8_matmul
 _WGMMA_ROWS, _ODD_WGMMA_ROWS = 1536, 2048  # the latter where int8_dense does not take K
 _TINY_WGMMA_ROWS, _TINY_TILES = 1024, 1024  # where the weight is tiny: has at most so many tiles
@@ -49,28 +59,40 @@ def tiled_linear(
     exact: bool,
 ) -> torch.Tensor:
     """x [M, K] contiguous times the transposed weight, plus bias: [M, N] in x's dtype. exact: no int8 activations."""
-    rows, in_features = x.shape
+    rows = x.shape[0]
     if not rows or not out_features:
         return x.new_empty(rows, out_features)
     if x.dtype == torch.float32:
         packed, norms = untile_weight(tiles, tile_norms, out_features, bits_of(centroids))
         return matmul.linear(x, packed, norms, awq_scales, centroids, bias)
-    weight = (tiles, tile_norms, awq_scales, level_table, bias, out_features)
-    can_be_dense = in_features % _STORE_COLUMNS == 0
-    if exact:
-        if can_be_dense and rows > _EXACT_ROWS:
-            return _dense_linear(x, *weight)
-        return _in_parts(exact_linear, exact_matmul.MAX_ROWS, x, weight)
+    multiply = _exact_linear if exact else _int8_linear
+    return multiply(x, (tiles, tile_norms, awq_scales, level_table, bias, out_features))
+
+
+def _exact_linear(x: torch.Tensor, weight: tuple[Any, ...]) -> torch.Tensor:
+    rows, wgmma = x.shape[0], has_wgmma(x.device)
+    if _can_be_dense(x) and rows > (_EXACT_WGMMA_ROWS if wgmma else _EXACT_ROWS):
+        return _dense_linear(x, *weight)
+    if wgmma and rows > exact_matmul.MAX_ROWS:
+        return exact_wgmma_linear(x, *weight)
+    return _in_parts(exact_linear, exact_matmul.MAX_ROWS, x, weight)
+
+
+def _int8_linear(x: torch.Tensor, weight: tuple[Any, ...]) -> torch.Tensor:
+    rows, in_features = x.shape
     if rows <= NARROW_ROWS:
         return int8_linear(x, *weight)
-    wgmma = has_wgmma(x.device)
-    tiny = len(tiles) <= _TINY_TILES
+    wgmma, tiny = has_wgmma(x.device), len(weight[0]) <= _TINY_TILES
     if wgmma and not tiny and rows > _WGMMA_ROWS and in_features % int8_dense.IN_FEATURES == 0:
         return int8_dense_linear(x, *weight)
     most = (_TINY_WGMMA_ROWS if tiny else _ODD_WGMMA_ROWS) if wgmma else _NARROW_ONLY_ROWS
-    if can_be_dense and rows > most:
+    if _can_be_dense(x) and rows > most:
         return _dense_linear(x, *weight)
     return int8_wgmma_linear(x, *weight) if wgmma else _in_parts(int8_linear, int8_matmul.MAX_ROWS, x, weight)
+
+
+def _can_be_dense(x: torch.Tensor) -> bool:
+    return x.shape[1] % _STORE_COLUMNS == 0
 
 
 def _in_parts(linear: Callable[..., torch.Tensor], rows: int, x: torch.Tensor, weight: tuple[Any, ...]) -> torch.Tensor:

@@ -18,30 +18,25 @@ from polar_kernels.kernels.part_levels import (
     load_part_levels,
     wait_for_tables,
 )
-from polar_kernels.kernels.ptx import first_lane, wait_for_previous_kernel
+from polar_kernels.kernels.ptx import first_lane
 from polar_kernels.kernels.ring import (
-    chunk_words,
-    fill_slot,
     load_scales,
-    open_ring,
     release_slot,
     ring_bytes,
     scales_of,
     wait_for_slot,
 )
 from polar_kernels.kernels.tile_ring import (
-    band_place,
-    fill_tiles,
+    chunk_parity,
     lane_places,
     load_ring_tile,
-    open_tile_ring,
+    open_rings,
     refill,
     tile_ring_bytes,
 )
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS
-from polar_kernels.tiles import PLANE_WORDS
 
-_SHARE, _PLANE_WORDS = tl.constexpr(SCALE_BLOCKS), tl.constexpr(PLANE_WORDS)
+_SHARE = tl.constexpr(SCALE_BLOCKS)
 
 
 def _start_code(rows: int, first: bool) -> str:
@@ -149,15 +144,6 @@ def _tables_at(rows: int, x_slots: int, width: int, warps: int) -> int:
 
 
 @triton.jit
-def _chunk_parity(group_parity, block: tl.constexpr, X_SLOTS: tl.constexpr):
-    """How often, modulo 2, a block's slot has been used before."""
-    if X_SLOTS == _SHARE:
-        return group_parity if block >= 0 else group_parity ^ 1
-    else:
-        return group_parity * 0 + block // X_SLOTS % 2
-
-
-@triton.jit
 def multiply_bands(
     tiles_ptr,
     norms_ptr,
@@ -185,30 +171,19 @@ def multiply_bands(
     last, norms are zero. shared: the address of `piece_bytes`; thread: of the warps; X_SLOTS: for chunks, 1, 2 or 4.
     Waits for the kernel before, which writes x, and starts to read weights before that.
     """
-    TILE: tl.constexpr = 4 * _PLANE_WORDS * WIDTH  # bytes
-    CHUNK: tl.constexpr = 4 * chunk_words(ROWS)
     lane = thread % 32
     warp = first_lane(thread // 32)
     tile = first_tile + tl.minimum(warp // 2, bands - 1) * band_tiles
     norms_place = norms_ptr + tile.to(tl.int64) * 16 + lane // 4 * 2 + warp % 2
     norms = load_norms(norms_place, 0, count)
     tables = copy_tables(shared + _tables_at(ROWS, X_SLOTS, WIDTH, WARPS), table_ptr, thread)
-    tile_ring = open_tile_ring(shared + ring_bytes(ROWS, X_SLOTS), thread, WIDTH, WARPS)
-    ring = open_ring(shared, thread, ROWS, X_SLOTS, WARPS)
-    place = band_place(tile_ring, warp // 2, WIDTH, WARPS)
-    role = tl.where(lane == 0, tl.where(warp % 2 == 1, 2, (warp == 0).to(tl.int32)), 0)
-    first_tile_at = tiles_ptr.to(tl.int64) + tile.to(tl.int64) * TILE
-    fill_tiles(place, role, count - 1, first_tile_at, WIDTH, WARPS)
-    # Everything above was there before; x comes from the kernel before this one.
-    q = lane % 4 + wait_for_previous_kernel(thread)
-    first_chunk_at = x_ptr.to(tl.int64) + first_chunk.to(tl.int64) * CHUNK
-    for block in tl.static_range(X_SLOTS):
-        chunk_at = first_chunk_at + tl.minimum(block, chunks - 1) * CHUNK
-        fill_slot(ring, q * 0 + block, 0, (role == 1).to(tl.int32), chunk_at, ROWS, X_SLOTS, False)
+    ring, place, role, first_chunk_at, first_tile_at = open_rings(
+        shared, tiles_ptr, tile, count - 1, x_ptr, first_chunk, chunks - 1, thread, warp, WIDTH, ROWS, WARPS, X_SLOTS
+    )
     sums = ()
     for _ in tl.static_range(ROWS // 2):
         sums = sums + (tl.zeros(lane.shape, tl.float32),)
-    first_scales = scales_of(ring, q, ROWS, X_SLOTS)
+    first_scales = scales_of(ring, lane % 4, ROWS, X_SLOTS)
     lanes = lane_places(place, warp % 2, lane)
     wait_for_tables(tables)
     for start in range(0, steps, _SHARE):
@@ -223,12 +198,12 @@ def multiply_bands(
             words = load_ring_tile(place, lanes, block, parity, WIDTH, WARPS)
             a = decode_half_tile(words[0], words[1], words[2][0], words[2][1], upper, lower, WIDTH, True)
             slot = start * 0 + block % X_SLOTS
-            x = wait_for_slot(ring, slot, _chunk_parity(parity, block, X_SLOTS), ROWS, X_SLOTS)
+            x = wait_for_slot(ring, slot, chunk_parity(parity, block, X_SLOTS), ROWS, X_SLOTS)
             products = _start(products, a, x, block == 0, ROWS)
             refill(
                 ring,
                 place,
-                _chunk_parity(parity, block - 1, X_SLOTS),
+                chunk_parity(parity, block - 1, X_SLOTS),
                 role if block > 0 else tl.where(start > 0, role, 0),
                 start + block,
                 steps,

@@ -1,4 +1,4 @@
-"""How `int8_wgmma` is cut into programs, and which cut is the fastest for a shape."""
+"""How products by `wgmma` are cut into programs, and which cut is the fastest for a shape."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,16 +34,34 @@ FORMS = (
     Form(128, 8, 1, 208, 1, 4, 0.627, 1.0),
     Form(128, 4, 2, 240, 1, 2, 0.725, 1.0),
 )
+EXACT_FORMS = (  # as measured on an H100; 0.9 %
+    Form(32, 8, 1, 128, 2, 2, 0.958, 0.315),
+    Form(32, 4, 2, 128, 1, 2, 0.627, 1.0),
+    Form(64, 4, 1, 168, 2, 2, 0.666, 0.426),
+    Form(64, 4, 2, 168, 1, 2, 0.626, 1.0),
+    Form(128, 8, 1, 255, 1, 2, 0.853, 1.0),
+)
 EXPERT_FORM = Form(64, 8, 1, 128, 2, 2, 1.0, 1.0)  # chosen for any shape: its times are of no account
 _WAVE_TIME = 1.25  # microseconds of a program outside its loop
 _ADD_TIME, _SUM_TIME = 1.2, 1.78  # of adding up, and of a million sums of one of the programs that share K
 _MOST_SPLITS = 16
 
 
+def forms_of(rows: int) -> tuple[Form, ...]:
+    """The forms of int8 products that may be the best for so many rows of x."""
+    return tuple(form for form in FORMS if (form.rows == 64) == (rows <= 64))
+
+
+def exact_forms_of(rows: int) -> tuple[Form, ...]:
+    """Likewise those of exact products."""
+    return tuple(form for form in EXACT_FORMS if (form.rows == 32) == (rows <= 32) and (form.rows < 128 or rows > 64))
+
+
 @lru_cache(maxsize=4096)
-def choose_cut(rows: int, out_features: int, blocks: int, multiprocessors: int) -> tuple[Form, int]:
+def choose_cut(
+    forms: tuple[Form, ...], rows: int, out_features: int, blocks: int, multiprocessors: int
+) -> tuple[Form, int]:
     """The form, and how many blocks of K a share of a program takes at most."""
-    forms = [form for form in FORMS if (form.rows == FORMS[0].rows) == (rows <= FORMS[0].rows)]
     cuts = [(form, split_blocks) for form in forms for split_blocks in _possible_splits(form, blocks)]
     return min(cuts, key=lambda cut: _predict(cut[0], cut[1], rows, out_features, blocks, multiprocessors))
 

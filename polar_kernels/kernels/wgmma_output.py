@@ -1,4 +1,4 @@
-"""What `int8_wgmma` does with a thread's sums in the end: the bias is added, and the sums are stored.
+"""What products by `wgmma` do with a thread's sums in the end: they are added up, the bias is added, and all stored.
 
 A thread holds, for each group i of 8 rows of x, four sums: rows g and g + 8 of its warp's 16 of the weight
 (g = lane // 4), times rows 8 i + 2 q and the next of x (q = lane % 4).
@@ -6,6 +6,7 @@ A thread holds, for each group i of 8 rows of x, four sums: rows g and g + 8 of 
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from polar_kernels.kernels.ptx import as_float, load_cached, load_shared, pack_halves, store_four
 from polar_kernels.kernels.shared_memory import shared_piece
@@ -36,7 +37,49 @@ def _meet(thread):
 
 
 @triton.jit
-def add_shares(
+def store_program(
+    sums,
+    memory,
+    share,
+    thread,
+    all_threads,
+    bias_ptr,
+    out_ptr,
+    parts_ptr,
+    M,
+    N,
+    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
+    SHARES: tl.constexpr,
+    SIZE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    LINES: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+):
+    """Of a program that takes ROWS rows of x and 16 WARPS of the weight: add up its shares of K, and store what they
+    make, or its place among the parts.
+
+    memory: SHARES pieces of SIZE bytes, which are overwritten; thread: of a share's WARPS warps; LINES: see
+    `store_sums`.
+    """
+    GROUPS: tl.constexpr = ROWS // 8 // SHARES
+    first_row = tl.program_id(0) * ROWS
+    if SHARES > 1:
+        sums = _add_shares(sums, memory, share, thread, ROWS // 8, SHARES, SIZE, WARPS)
+        first_row += share * (ROWS // SHARES)
+    if IN_PARTS:
+        tile = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        place = tile * tl.num_programs(2) + tl.program_id(2)
+        _store_part(sums, parts_ptr, place, all_threads, GROUPS, WARPS * SHARES)
+        gdc_launch_dependents()  # what adds up: each program of this kernel is done
+    else:
+        shared = shared_piece(memory, share, SHARES, SIZE)
+        column = tl.program_id(1) * (16 * WARPS)
+        store_sums(sums, bias_ptr, out_ptr, shared, thread, first_row, column, M, N, N, GROUPS, WARPS, HAS_BIAS, LINES)
+
+
+@triton.jit
+def _add_shares(
     sums, memory, share, thread, GROUPS: tl.constexpr, SHARES: tl.constexpr, SIZE: tl.constexpr, WARPS: tl.constexpr
 ):
     """The sums of all shares for every SHARES-th of the groups: share 0 has the first ones.
@@ -76,7 +119,7 @@ def _add_four(sums, words):
 
 
 @triton.jit
-def store_part(sums, parts_ptr, place, thread, GROUPS: tl.constexpr, WARPS: tl.constexpr):
+def _store_part(sums, parts_ptr, place, thread, GROUPS: tl.constexpr, WARPS: tl.constexpr):
     """A program's sums to its place among the parts, each thread's four sums side by side. WARPS: of the program."""
     part = parts_ptr + place * (GROUPS * 128 * WARPS) + thread * 4
     for i in tl.static_range(GROUPS):

@@ -15,13 +15,14 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from polar_kernels import lloyd_max_levels
-from polar_kernels.kernels import int8_wgmma, tiled_experts
+from polar_kernels.kernels import exact_wgmma, int8_wgmma, tiled_experts
 from polar_kernels.kernels.exact_matmul import exact_linear
+from polar_kernels.kernels.exact_wgmma import exact_wgmma_linear
 from polar_kernels.kernels.int8_dense import int8_dense_linear
 from polar_kernels.kernels.int8_matmul import int8_linear
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
 from polar_kernels.kernels.tile_dequantize import dequantize_tiles
-from polar_kernels.kernels.wgmma_forms import FORMS
+from polar_kernels.kernels.wgmma_forms import EXACT_FORMS, FORMS
 from polar_kernels.tiles import level_table, tile_weight
 
 compiled = []
@@ -36,7 +37,7 @@ def compile_only(kernel, *args, grid, warmup, **options):
     compiled.append(made.metadata.name if made.asm["cubin"] else None)
 
 JITFunction.run = compile_only
-int8_wgmma._multiprocessors = lambda device: 132
+int8_wgmma.multiprocessors = exact_wgmma.multiprocessors = lambda device: 132
 tiled_experts.has_wgmma = lambda device: True
 
 def weight(rows):
@@ -47,6 +48,8 @@ x = torch.zeros(130, 1024).bfloat16()
 five = weight(96)
 for form in FORMS[1:4]:  # of each kind of shared memory one
     int8_wgmma_linear(x, *five, torch.zeros(96), 96, (form, 4))
+for form in EXACT_FORMS:
+    exact_wgmma_linear(x, *five, torch.zeros(96), 96, (form, 4))
 int8_dense_linear(x, *five, None, 96)
 for rows in (1, 32):
     int8_linear(x[:rows], *five, None, 96)
@@ -60,6 +63,7 @@ print(*sorted(set(compiled)))
 KERNELS = {
     "_add_parts_kernel",
     "_exact_matmul_kernel",
+    "_exact_wgmma_kernel",
     "_expert_wgmma_kernel",
     "_int8_dense_kernel",
     "_int8_matmul_kernel",
@@ -67,6 +71,7 @@ KERNELS = {
     "_quantize_both_kernel",
     "_quantize_chunks_kernel",
     "_quantize_grouped_kernel",
+    "_rotate_chunks_kernel",
     "_tile_dequantize_kernel",
 }
 

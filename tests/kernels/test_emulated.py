@@ -14,6 +14,7 @@ from emulator import Words, as_tensor, emulate
 
 from polar_kernels import reference
 from polar_kernels.kernels import (
+    exact_wgmma,
     expert_pairs,
     expert_wgmma,
     int8_dense,
@@ -24,10 +25,11 @@ from polar_kernels.kernels import (
     requantize_tiles,
     tiled_experts,
 )
+from polar_kernels.kernels.exact_blocks import exact_chunk_words
 from polar_kernels.kernels.exact_matmul import exact_linear
 from polar_kernels.kernels.int8_matmul import int8_linear, multiply_quantized, padded_rows
 from polar_kernels.kernels.ring import chunk_words
-from polar_kernels.kernels.wgmma_forms import FORMS, Form
+from polar_kernels.kernels.wgmma_forms import EXACT_FORMS, FORMS, Form
 from polar_kernels.packing import unpack_codes
 from polar_kernels.tiles import FP16_PAIRS, LEVEL_STEP, PART_LEVELS, PARTS, level_table, tile_weight, untile_weight
 
@@ -147,6 +149,56 @@ class Bands:
             sums[half, warp] += (integers[half] * scales + halves) * largest
 
 
+class ExactBands:
+    """In place of `multiply_bands_exactly`, likewise."""
+
+    def __init__(
+        self, tiles: torch.Tensor, tile_norms: torch.Tensor, centroids: torch.Tensor, columns: int, bits: int
+    ) -> None:
+        self.blocks = -(-columns // 128)
+        packed, norms = untile_weight(tiles, tile_norms, len(tiles) // self.blocks * 32, bits)
+        levels = centroids.half().double()[unpack_codes(packed, bits).long()].unflatten(1, (-1, 128))
+        self.weight = (levels * norms.double()[..., None]).numpy()  # [row, block, column]
+
+    def __call__(self, *args: Any) -> Any:
+        _, _, x, first_chunk, first_tile, band_tiles, bands, count, steps, _, _, thread = (
+            getattr(value.handle, "data", value) for value in args[:12]
+        )
+        _, rows, _, _, _ = (getattr(v, "value", v) for v in args[12:])
+        threads = len(thread)
+        first_chunk, first_tile, bands, count, steps = (
+            np.broadcast_to(np.reshape(v, -1), threads) for v in (first_chunk, first_tile, bands, count, steps)
+        )
+        tile = first_tile + np.minimum(thread // 64, bands - 1) * band_tiles.reshape(-1)
+        row = tile // self.blocks * 32 + thread // 32 % 2 * 16 + thread % 32 // 4
+        sums = np.zeros((2, threads, rows), np.float32)
+        for warp in range(0, threads, 32):
+            own = slice(warp, warp + 32)
+            assert count[warp] <= steps[warp]
+            assert steps[warp] % 4 == 0
+            for step in range(max(0, count[warp])):
+                words = _read_words(int(np.reshape(x, -1)[0]), int(first_chunk[warp]) + step, exact_chunk_words(rows))
+                x_rows, block = self._rows_of(words, rows), int(tile[warp]) % self.blocks + step
+                for half in range(2):
+                    sums[half, own] += self.weight[row[own] + 8 * half, block] @ x_rows.T
+        q = thread % 4
+        picked = [
+            sums[half, np.arange(threads), 8 * i + 2 * q + e]
+            for i in range(rows // 8)
+            for half in (0, 1)
+            for e in (0, 1)
+        ]
+        return tuple(as_tensor(part, tl.float32) for part in picked)
+
+    def _rows_of(self, words: np.ndarray, rows: int) -> np.ndarray:
+        """The rows by 128 columns of a chunk, whose halves have 64 each; 16 bytes (step, i // 2) of a row lie at
+        that ^ row % 8."""
+        units = words.view(np.float16).reshape(2, rows, 8, 4, 2)
+        in_order = np.stack([units[:, i][:, np.arange(8) ^ i % 8] for i in range(rows)])  # row, s1, (s0 r i1), q, i0
+        columns = in_order.reshape(rows, 2, 2, 2, 2, 4, 2).transpose(0, 1, 2, 5, 3, 4, 6)
+        return columns.reshape(rows, 128).astype(np.float64)
+
+
 def multiply_groups(w: Any, w_scales: Any, x: Any, row: Any, _: Any, groups: Any, line: Any, thread: Any) -> Any:
     """In place of the function of this name: from the chunks of both operands the sums it would have."""
     start_w, start_scales, start_x, count, columns = (
@@ -247,7 +299,7 @@ def test_product_of_many_rows(
     packed, norms, scales, centroids = random_weight(rows, columns, 5)
     tiles, tile_norms = tile_weight(packed, norms, 5)
     monkeypatch.setattr(int8_wgmma, "multiply_bands", Bands(tiles, tile_norms, level_table(centroids), columns))
-    monkeypatch.setattr(int8_wgmma, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(int8_wgmma, "multiprocessors", lambda device: 132)
     x, bias = torch.randn(x_rows, columns).half(), torch.randn(rows)
     x[1, 3] = torch.nan
     own = (tiles, tile_norms, scales, level_table(centroids), bias, rows)
@@ -256,6 +308,43 @@ def test_product_of_many_rows(
     sound = torch.arange(len(x)) != 1
     assert y[1].isnan().all()
     assert relative_error(y[sound], exact[sound]) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("form", "x_rows", "rows", "columns", "split_blocks", "bits"),
+    [
+        (EXACT_FORMS[0], 33, 136, 128, 8, 5),  # two programs of rows, two of columns
+        (EXACT_FORMS[1], 9, 70, 1160, 4, 3),  # one share has less than the others, two programs that share K
+        (EXACT_FORMS[2], 9, 72, 1160, 4, 5),
+        (EXACT_FORMS[3], 70, 72, 1160, 64, 5),  # one share has nothing
+        (EXACT_FORMS[4], 130, 72, 256, 4, 4),
+    ],
+)
+def test_exact_product_of_many_rows(
+    random_weight,
+    relative_error,
+    monkeypatch,
+    form: Form,
+    x_rows: int,
+    rows: int,
+    columns: int,
+    split_blocks: int,
+    bits: int,
+) -> None:
+    """But for what `multiply_bands_exactly` does."""
+    packed, norms, scales, centroids = random_weight(rows, columns, bits)
+    tiles, tile_norms = tile_weight(packed, norms, bits)
+    bands = ExactBands(tiles, tile_norms, centroids, columns, bits)
+    monkeypatch.setattr(exact_wgmma, "multiply_bands_exactly", bands)
+    monkeypatch.setattr(exact_wgmma, "open_pairs", lambda memory, *_: memory)
+    x, bias = torch.randn(x_rows, columns).half(), torch.randn(rows)
+    x[1, 3] = torch.nan
+    own = (tiles, tile_norms, scales, level_table(centroids), bias, rows)
+    y = exact_wgmma.exact_wgmma_linear(x, *own, (form, split_blocks))
+    exact = reference.linear(x.double(), packed, norms, scales, centroids, bias)
+    sound = torch.arange(len(x)) != 1
+    assert y[1].isnan().all()
+    assert relative_error(y[sound], exact[sound]) < 6e-4
 
 
 def test_groups_of_64(stack, relative_error, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,10 @@ CALLS = """
 import torch
 from polar_kernels import PolarExpertProjection, PolarExperts, PolarLinear
 from polar_kernels.kernels import int8_dense, tiled_experts
+from polar_kernels.kernels.exact_wgmma import exact_wgmma_linear
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
 from polar_kernels.kernels.tiled import has_wgmma
-from polar_kernels.kernels.wgmma_forms import FORMS
+from polar_kernels.kernels.wgmma_forms import EXACT_FORMS, FORMS
 torch.manual_seed(0)
 for bits in (4, 5):
     layer = PolarLinear.from_linear(torch.nn.Linear(392, 70, device="cuda"), bits, awq_scales=torch.ones(392))
@@ -32,6 +33,10 @@ for bits in (4, 5):
                 for split_blocks in (8, 16):
                     x = torch.randn(70, columns, device="cuda").half()
                     int8_wgmma_linear(x, *parts, rows, (form, split_blocks))
+            for form in EXACT_FORMS:
+                for split_blocks in (8, 16):
+                    x = torch.randn(70, columns, device="cuda").half()
+                    exact_wgmma_linear(x, *parts, rows, (form, split_blocks))
         for rows, columns in ((70, 1536), (264, 512)):  # in parts of 128 rows of the weight
             linear = torch.nn.Linear(columns, rows, device="cuda")
             layer = PolarLinear.from_linear(linear, bits, awq_scales=torch.ones(columns))
