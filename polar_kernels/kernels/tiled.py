@@ -11,7 +11,7 @@
 | rows of x | exact |
 |---|---|
 | 1 to 16 | exact_matmul |
-| to 512 on Hopper | exact_wgmma |
+| to 512, to 256 of a small weight, on Hopper | exact_wgmma |
 | else, to 48 | exact_matmul, 16 at a time |
 | else | dense |
 
@@ -36,7 +36,7 @@ from polar_kernels.kernels.tile_dequantize import dequantize_tiles
 from polar_kernels.tiles import TILE_ROWS, untile_weight
 
 # Rows of x up to which a kernel is the fastest, from times on an H200, and on an H100 where wgmma is concerned.
-_EXACT_WGMMA_ROWS = 512
+_EXACT_WGMMA_ROWS, _SMALL_EXACT_WGMMA_ROWS, _SMALL_TILES = 512, 256, 4096  # a small weight has at most so many tiles
 _EXACT_ROWS = 3 * exact_matmul.MAX_ROWS  # without wgmma
 NARROW_ROWS = 32  # int8_matmul
 _WGMMA_ROWS, _ODD_WGMMA_ROWS = 1536, 2048  # the latter where int8_dense does not take K
@@ -70,8 +70,9 @@ def tiled_linear(
 
 
 def _exact_linear(x: torch.Tensor, weight: tuple[Any, ...]) -> torch.Tensor:
-    rows, wgmma = x.shape[0], has_wgmma(x.device)
-    if _can_be_dense(x) and rows > (_EXACT_WGMMA_ROWS if wgmma else _EXACT_ROWS):
+    rows, wgmma, small = x.shape[0], has_wgmma(x.device), len(weight[0]) <= _SMALL_TILES
+    most = (_SMALL_EXACT_WGMMA_ROWS if small else _EXACT_WGMMA_ROWS) if wgmma else _EXACT_ROWS
+    if _can_be_dense(x) and rows > most:
         return _dense_linear(x, *weight)
     if wgmma and rows > exact_matmul.MAX_ROWS:
         return exact_wgmma_linear(x, *weight)

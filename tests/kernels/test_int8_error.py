@@ -5,7 +5,7 @@ import torch
 
 from polar_kernels import lloyd_max_levels
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS
-from polar_kernels.tiles import PART_LEVELS, PARTS, half_integer_levels, level_table
+from polar_kernels.tiles import FP16_PAIRS, PART_LEVELS, PARTS, half_integer_levels, level_table
 
 ROWS, BLOCKS, TOKENS = 256, 32, 64
 
