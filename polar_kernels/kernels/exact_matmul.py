@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from polar_kernels.kernels.band_programs import choose_registers, choose_warps
+from polar_kernels.kernels.band_programs import exact_program
 from polar_kernels.kernels.band_sums import ROW_GROUP, store_band
 from polar_kernels.kernels.decode_pairs import PAIRS_BYTES, decode_eight_pairs, open_pairs, spread_signs
 from polar_kernels.kernels.fragments import load_fragment
@@ -123,7 +123,7 @@ def exact_linear(
     words = rotate_activation(x, awq_scales, groups * ROW_GROUP)
     bands = triton.cdiv(out_features, TILE_ROWS)
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
-    warps = choose_warps(bands, groups)
+    program = exact_program(bands, groups)
     _exact_matmul_kernel[(bands,)](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int64),
@@ -136,12 +136,12 @@ def exact_linear(
         blocks=tiles.shape[0] // bands,
         WIDTH=tiles.shape[1] // PLANE_WORDS,
         GROUPS=groups,
-        WARPS=warps,
+        WARPS=program.warps,
         HAS_BIAS=bias is not None,
-        num_warps=warps,
+        num_warps=program.warps,
         enable_fp_fusion=True,
         num_stages=1,
         launch_pdl=True,
-        maxnreg=choose_registers(bands, warps, groups),
+        maxnreg=program.registers,
     )
     return out

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from polar_kernels.kernels.band_programs import choose_registers, choose_warps
+from polar_kernels.kernels.band_programs import int8_program
 from polar_kernels.kernels.band_sums import ROW_GROUP, store_band
 from polar_kernels.kernels.decode_int8 import decode_half_tile
 from polar_kernels.kernels.fragments import load_fragment
@@ -142,7 +142,7 @@ def multiply_quantized(
     groups = meta.shape[1] // ROW_GROUP
     bands = triton.cdiv(out_features, TILE_ROWS)
     blocks = tiles.shape[0] // bands
-    warps = choose_warps(bands, groups)
+    program = int8_program(bands, groups)
     _int8_matmul_kernel[(bands,)](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int64),
@@ -158,13 +158,13 @@ def multiply_quantized(
         padded_rows=meta.shape[1],
         WIDTH=tiles.shape[1] // PLANE_WORDS,
         GROUPS=groups,
-        WARPS=warps,
+        WARPS=program.warps,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
-        num_warps=warps,
+        num_warps=program.warps,
         enable_fp_fusion=True,
         num_stages=1,
         launch_pdl=True,
-        maxnreg=choose_registers(bands, warps, groups),
+        maxnreg=program.registers,
     )
     return out

@@ -25,6 +25,7 @@ from polar_kernels.kernels import (
     requantize_tiles,
     tiled_experts,
 )
+from polar_kernels.kernels.band_programs import Program
 from polar_kernels.kernels.exact_blocks import exact_chunk_words
 from polar_kernels.kernels.exact_matmul import exact_linear
 from polar_kernels.kernels.int8_matmul import int8_linear, multiply_quantized, padded_rows
@@ -397,7 +398,8 @@ def test_product_of_few_rows(
     warps: int,
 ) -> None:
     """With rows that are not finite, which stay by themselves."""
-    monkeypatch.setattr(import_module(linear.__module__), "choose_warps", lambda bands, groups: warps)
+    choice = "int8_program" if linear is int8_linear else "exact_program"
+    monkeypatch.setattr(import_module(linear.__module__), choice, lambda bands, groups: Program(warps, 128))
     packed, norms, scales, centroids = random_weight(rows, columns, bits, awq=awq)
     own = (*tile_weight(packed, norms, bits), scales, level_table(centroids))
     x, bias = torch.randn(x_rows, columns).half(), torch.randn(rows) if awq else None

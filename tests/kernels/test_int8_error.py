@@ -28,7 +28,7 @@ def _errors(x: torch.Tensor, norms: torch.Tensor) -> list[float]:
     largest = norms.unflatten(1, (-1, SCALE_BLOCKS)).amax(-1).repeat_interleave(SCALE_BLOCKS, 1)
     step = largest[..., None] * delta * 127.5 / 127
     exact = x.flatten(1) @ weight.flatten(1).T
-    tables = level_table(levels.float())[PART_LEVELS:].view(PARTS + 1, 4).view(torch.int8).double() + 0.5
+    tables = level_table(levels.float())[PART_LEVELS:FP16_PAIRS].view(PARTS + 1, 4).view(torch.int8).double() + 0.5
     tables = torch.cat([-tables.flip(1), tables], 1) * delta
     parts = (norms / largest * PARTS).round().long()
     products = [
