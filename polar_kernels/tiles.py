@@ -27,7 +27,7 @@ TILE_ROWS = 32
 PLANE_WORDS = 128
 _LANES, _LANE_WORDS = 32, 4
 # Where things are in a `level_table`.
-FP16_LEVELS, BF16_LEVELS, LEVEL_STEP, PART_LEVELS = 4, 12, 20, 24
+FP16_LEVELS, LEVEL_STEP, PART_LEVELS = 4, 12, 16
 PARTS = 255
 FP16_PAIRS = PART_LEVELS + 4 * (PARTS + 1)
 PAIRS = 256  # of nibbles
@@ -168,10 +168,10 @@ def _sign_shifts(device: torch.device) -> torch.Tensor:
 def level_table(centroids: torch.Tensor) -> torch.Tensor:
     """The words a kernel decodes with: int32 [LEVEL_WORDS].
 
-    0..3: the positive levels, 16 at most, as bytes v, four a word, level ~ (v + 1/2) * delta; from FP16_LEVELS and
-    BF16_LEVELS: four words of the low and four of the high bytes of the levels in that type; LEVEL_STEP: delta's bits;
-    from PART_LEVELS: of each i in 0..PARTS four words like the first, of the levels times i / PARTS; from FP16_PAIRS
-    and BF16_PAIRS: of each byte of a plane the two levels, of 5 bits the positive ones, in that type.
+    0..3: the positive levels, 16 at most, as bytes v, four a word, level ~ (v + 1/2) * delta; from FP16_LEVELS: four
+    words of the low and four of the high bytes of the levels in fp16; LEVEL_STEP: delta's bits; from PART_LEVELS: of
+    each i in 0..PARTS four words like the first, of the levels times i / PARTS; from FP16_PAIRS and BF16_PAIRS: of each
+    byte of a plane the two levels, of 5 bits the positive ones, in that type.
     Raises ArgumentError for a table that the layout cannot hold.
     """
     if not is_tileable(centroids):
@@ -179,10 +179,11 @@ def level_table(centroids: torch.Tensor) -> torch.Tensor:
     positive = centroids[centroids.numel() // 2 :].cpu()
     steps, delta = half_integer_levels(positive)
     deltas = torch.tensor([delta, 0, 0, 0], dtype=torch.float32).view(torch.int32)
-    halves = (*_split_bytes(positive.half()), *_split_bytes(positive.bfloat16()))
     parts = _bytes_to_words(_part_levels(positive, delta)).flatten()
     pairs = (_pairs(positive.half()), _pairs(positive.bfloat16()))
-    return torch.cat([_bytes_to_words(steps), *halves, deltas, parts, *pairs]).to(centroids.device)
+    return torch.cat([_bytes_to_words(steps), *_split_bytes(positive.half()), deltas, parts, *pairs]).to(
+        centroids.device
+    )
 
 
 def _pairs(positive: torch.Tensor) -> torch.Tensor:
@@ -202,7 +203,7 @@ def _part_levels(positive: torch.Tensor, delta: float) -> torch.Tensor:
 
 
 def _split_bytes(levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """16-bit floats [16 at most] -> their low and their high bytes, int32 [4] each."""
+    """fp16 [16 at most] -> their low and their high bytes, int32 [4] each."""
     bits = levels.view(torch.int16).int() & 0xFFFF
     return _bytes_to_words(bits & 0xFF), _bytes_to_words(bits >> 8)
 

@@ -1,4 +1,4 @@
-"""Codes to fp16 or bf16 in registers. Levels are looked up by byte permutes, their low and high bytes apart.
+"""Codes to fp16 in registers. Levels are looked up by byte permutes, their low and high bytes apart.
 
 A permute looks up four magnitudes at once; of 16 magnitudes a second one looks up 8..15, and a mask picks between them.
 Signs go to the high bytes' top bits.
@@ -8,12 +8,15 @@ import triton
 import triton.language as tl
 
 from polar_kernels.kernels.ptx import hidden_zero, load_cached
+from polar_kernels.tiles import FP16_LEVELS
+
+_LEVELS = tl.constexpr(FP16_LEVELS)
 
 
 @triton.jit
-def load_levels(table_ptr, lane, FIRST: tl.constexpr):
-    """The low and the high bytes of fp16 or bf16 levels, four words each, from word FIRST of a `level_table` on."""
-    levels_ptr = table_ptr + FIRST + hidden_zero(lane)
+def load_levels(table_ptr, lane):
+    """The low and the high bytes of the levels, four words each, of a `level_table`."""
+    levels_ptr = table_ptr + _LEVELS + hidden_zero(lane)
     return load_cached(levels_ptr), load_cached(levels_ptr + 4)
 
 

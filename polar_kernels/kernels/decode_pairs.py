@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 
 from polar_kernels.kernels.ptx import load_cached
+from polar_kernels.kernels.shared_memory import declared_memory
 from polar_kernels.tiles import BF16_PAIRS, FP16_PAIRS, PAIRS
 
 _FP16_PAIRS, _BF16_PAIRS, _PAIRS = tl.constexpr(FP16_PAIRS), tl.constexpr(BF16_PAIRS), tl.constexpr(PAIRS)
 _COPIES = 128  # bytes of all lanes' copies of a pair
 PAIRS_BYTES = PAIRS * _COPIES
+_PAIRS_BYTES = tl.constexpr(PAIRS_BYTES)
 # Four pairs $1..$4, eight of the copies of each, from the address $5 on.
 _STORE = tl.constexpr(
     "{ "
@@ -27,9 +29,10 @@ _SPREAD_SIGNS = tl.constexpr("prmt.b32 $0, $1, $1, 0x1302;")
 
 
 @triton.jit
-def open_pairs(memory, table_ptr, thread, DTYPE: tl.constexpr, THREADS: tl.constexpr):
-    """The address of a thread's own copy of the table of pairs in DTYPE, in PAIRS_BYTES of shared memory. All threads
-    of the program together."""
+def open_pairs(table_ptr, thread, DTYPE: tl.constexpr, THREADS: tl.constexpr):
+    """The address of a thread's own copy of the table of pairs in DTYPE, in shared memory that assembly declares. All
+    threads of the program together."""
+    memory = declared_memory(thread, _PAIRS_BYTES)
     FIRST: tl.constexpr = _BF16_PAIRS if tl.bfloat16 == DTYPE else _FP16_PAIRS
     for start in tl.static_range(0, _PAIRS, THREADS // 2):
         first = start + thread // 8 * 4

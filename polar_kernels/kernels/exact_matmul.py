@@ -10,20 +10,18 @@ import triton.language as tl
 
 from polar_kernels.kernels.band_programs import exact_program
 from polar_kernels.kernels.band_sums import ROW_GROUP, store_band
-from polar_kernels.kernels.decode_pairs import PAIRS_BYTES, decode_eight_pairs, open_pairs, spread_signs
+from polar_kernels.kernels.decode_pairs import decode_eight_pairs, open_pairs, spread_signs
 from polar_kernels.kernels.fragments import load_fragment
 from polar_kernels.kernels.ptx import mma_halves, wait_for_previous_kernel
 from polar_kernels.kernels.rotate_activation import rotate_activation
-from polar_kernels.kernels.shared_memory import declared_memory
 from polar_kernels.kernels.tile_access import load_tile, norm_of
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
 MAX_ROWS = 16  # of x in one launch
-_PAIRS_BYTES = tl.constexpr(PAIRS_BYTES)
 
 
 @triton.jit
-def _multiply_half_tile(
+def multiply_half_tile_exactly(
     w0, w1, signs0, signs1, pairs, x, WIDTH: tl.constexpr, GROUPS: tl.constexpr, DTYPE: tl.constexpr
 ):
     """16 rows by 128 columns times GROUPS groups of 8 rows of x: four sums a thread and group."""
@@ -70,7 +68,7 @@ def _exact_matmul_kernel(
     g = lane // 4
     first = tl.program_id(0) * blocks
     tile = load_tile(tiles_ptr, first + tl.minimum(warp, blocks - 1), lane, WIDTH)
-    pairs = open_pairs(declared_memory(thread, _PAIRS_BYTES), table_ptr, thread, DTYPE, 32 * WARPS)
+    pairs = open_pairs(table_ptr, thread, DTYPE, 32 * WARPS)
     # Everything above was there before; x comes from the kernel before this one.
     own = lane + wait_for_previous_kernel(thread)
     sums = ()
@@ -84,8 +82,8 @@ def _exact_matmul_kernel(
         for group in tl.static_range(GROUPS):
             x = x + load_fragment(x_ptr, group, blocks, block, own, 2)
         following = load_tile(tiles_ptr, first + tl.minimum(block + WARPS, blocks - 1), lane, WIDTH)
-        upper = _multiply_half_tile(tile[0], tile[1], tile[4][0], tile[4][1], pairs, x, WIDTH, GROUPS, DTYPE)
-        lower = _multiply_half_tile(tile[2], tile[3], tile[4][2], tile[4][3], pairs, x, WIDTH, GROUPS, DTYPE)
+        upper = multiply_half_tile_exactly(tile[0], tile[1], tile[4][0], tile[4][1], pairs, x, WIDTH, GROUPS, DTYPE)
+        lower = multiply_half_tile_exactly(tile[2], tile[3], tile[4][2], tile[4][3], pairs, x, WIDTH, GROUPS, DTYPE)
         tile = following
         norms = tl.load(norms_ptr + (first + block).to(tl.int64) * 8 + g, mask=inside, other=0)
         n0 = norm_of(norms, 0)

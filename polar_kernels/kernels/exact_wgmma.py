@@ -8,17 +8,17 @@ import torch
 import triton
 import triton.language as tl
 
-from polar_kernels.kernels.decode_pairs import PAIRS_BYTES, open_pairs
+from polar_kernels.kernels.decode_pairs import open_pairs
 from polar_kernels.kernels.exact_blocks import exact_piece_bytes, multiply_bands_exactly
 from polar_kernels.kernels.ptx import first_lane
 from polar_kernels.kernels.rotate_chunks import rotate_chunks
-from polar_kernels.kernels.shared_memory import all_launched, declared_memory, shared_piece
+from polar_kernels.kernels.shared_memory import all_launched, shared_piece
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS, Form, choose_cut, exact_forms_of
 from polar_kernels.kernels.wgmma_launch import launch_cut, multiprocessors
 from polar_kernels.kernels.wgmma_output import store_program
 from polar_kernels.tiles import TILE_ROWS
 
-_PAIRS_BYTES, _STEPS = tl.constexpr(PAIRS_BYTES), tl.constexpr(SCALE_BLOCKS)
+_STEPS = tl.constexpr(SCALE_BLOCKS)
 
 
 @triton.jit(do_not_specialize=["M", "N", "blocks", "split_blocks"])
@@ -48,7 +48,7 @@ def _exact_wgmma_kernel(
     THREADS: tl.constexpr = 32 * WARPS * SHARES
     all_threads = tl.arange(0, THREADS)
     memory = all_launched(x_ptr, blocks < 0, all_threads, SHARES, SIZE)
-    pairs = open_pairs(declared_memory(all_threads, _PAIRS_BYTES), table_ptr, all_threads, DTYPE, THREADS)
+    pairs = open_pairs(table_ptr, all_threads, DTYPE, THREADS)
     thread = all_threads % (32 * WARPS)
     share = tl.program_id(2) * 0
     if SHARES > 1:

@@ -15,10 +15,10 @@ from polar_kernels.kernels.expert_tiles import (
     decode_tile,
     load_scale,
     load_table,
-    load_x,
     multiply_tile,
     multiply_tile_exactly,
 )
+from polar_kernels.kernels.fragments import load_gathered
 from polar_kernels.kernels.ptx import wait_for_previous_kernel
 from polar_kernels.kernels.tile_access import load_tile, norm_of
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
@@ -68,7 +68,7 @@ def _expert_matmul_kernel(
     first = (expert * bands + tl.minimum(band, bands - 1)) * blocks
     tile = load_tile(tiles_ptr, first, lane, WIDTH)
     norms = tl.load(norms_ptr + first * 8 + g)
-    levels = load_table(table_ptr, thread, EXACT, DTYPE)
+    levels = load_table(table_ptr, thread, EXACT, DTYPE, 32 * WARPS)
     # Everything above was there before; x and meta come from the kernel before this one.
     q = lane % 4 + wait_for_previous_kernel(thread)
     if start < stop:
@@ -89,7 +89,7 @@ def _expert_matmul_kernel(
             if EXACT:
                 x = ()
                 for i in tl.static_range(GROUPS):
-                    x = x + load_x(x_ptr, of_x[i] // divisor, blocks, block, q, True)
+                    x = x + load_gathered(x_ptr, of_x[i] // divisor, blocks, block, q, 2)
                 u, v = multiply_tile_exactly(tile, levels, x, WIDTH, GROUPS, DTYPE)
                 tile = load_tile(tiles_ptr, following, lane, WIDTH)
                 for i in tl.static_range(GROUPS):
@@ -107,7 +107,7 @@ def _expert_matmul_kernel(
                 upper, lower = decode_tile(tile, levels, WIDTH)
                 tile = load_tile(tiles_ptr, following, lane, WIDTH)
                 for i in tl.static_range(GROUPS):
-                    y = multiply_tile(upper, lower, load_x(x_ptr, of_x[i] // divisor, blocks, block, q, False))
+                    y = multiply_tile(upper, lower, load_gathered(x_ptr, of_x[i] // divisor, blocks, block, q, 1))
                     base0, scale0 = load_scale(meta_ptr, rows, even[i] // divisor, block)
                     base1, scale1 = load_scale(meta_ptr, rows, odd[i] // divisor, block)
                     added = added + (

@@ -14,14 +14,14 @@ import triton.language as tl
 
 from polar_kernels.kernels.band_sums import sum_band
 from polar_kernels.kernels.decode_int8 import decode_half_tile
+from polar_kernels.kernels.exact_matmul import multiply_half_tile_exactly
 from polar_kernels.kernels.expert_tiles import (
     decode_tile,
     load_scale,
     load_table,
-    load_x,
-    multiply_half_tile_exactly,
     multiply_tile_exactly,
 )
+from polar_kernels.kernels.fragments import load_gathered
 from polar_kernels.kernels.int8_matmul import multiply_half_tile
 from polar_kernels.kernels.ptx import wait_for_previous_kernel
 from polar_kernels.kernels.tile_access import load_half_tile, load_tile, norm_of
@@ -67,7 +67,7 @@ def _load_unit(
 def _decode(tile, levels, HALVES: tl.constexpr, WIDTH: tl.constexpr):
     """Its 16 or twice 16 rows in int8."""
     if HALVES == 2:
-        return (decode_half_tile(tile[0], tile[1], tile[2][0], tile[2][1], levels[0], levels[0], WIDTH),)
+        return (decode_half_tile(tile[0], tile[1], tile[2][0], tile[2][1], levels, levels, WIDTH),)
     else:
         return decode_tile(tile, levels, WIDTH)
 
@@ -86,9 +86,7 @@ def _multiply(halves, x, base, scale, HALVES: tl.constexpr):
 @triton.jit
 def _multiply_exactly(tile, levels, x, HALVES: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
     if HALVES == 2:
-        low = levels[0]
-        high = levels[1]
-        u = multiply_half_tile_exactly(tile[0], tile[1], tile[2][0], tile[2][1], low, high, x, WIDTH, 1, DTYPE)
+        u = multiply_half_tile_exactly(tile[0], tile[1], tile[2][0], tile[2][1], levels, x, WIDTH, 1, DTYPE)
         return u[0], u[2]
     else:
         u, v = multiply_tile_exactly(tile, levels, x, WIDTH, 1, DTYPE)
@@ -133,7 +131,7 @@ def _expert_pairs_kernel(
         last = tl.minimum(unit + steps, units)
     expert = _choose(index_ptr, first_pair, unit, units, blocks, SLOTS)
     tile, norms = _load_unit(tiles_ptr, norms_ptr, expert, unit, last, blocks, experts, lane, HALVES, WIDTH)
-    levels = load_table(table_ptr, thread, EXACT, DTYPE)
+    levels = load_table(table_ptr, thread, EXACT, DTYPE, 32 * WARPS)
     # Everything above was there before; x and meta come from the kernel before this one.
     zero = wait_for_previous_kernel(thread)
     q = lane % 4 + zero
@@ -147,7 +145,7 @@ def _expert_pairs_kernel(
         block = held - slot * blocks
         pair = first_pair + slot + zero
         row = pair // divisor
-        x = load_x(x_ptr, row, blocks, block, q, EXACT)
+        x = load_gathered(x_ptr, row, blocks, block, q, 2 if EXACT else 1)
         weight = tl.full(lane.shape, 1.0, tl.float32)
         if WEIGHTED:
             weight = tl.load(weights_ptr + pair).to(tl.float32)

@@ -2,9 +2,9 @@
 
 Of a block of a row, lane q of four wants the columns 32 s + 8 q + 4 r + i; of each (s, r) that is one word in int8, and
 two in 16 bits: WORDS. In fragments, what a load of 16 bytes a lane takes lies side by side, [row / 8, block, load,
-row % 8, q, 4 words], which is four lines of the cache. Were a row's words together, it would take 8, or 16 in 16 bits:
-that cost the products of few rows up to a tenth of their time. Where rows are gathered, those of experts, they are
-together all the same: [row, block, q, (s, r), WORDS].
+row % 8, q, 4 words], which is four lines of the cache. Were a lane's words together, it would take 8, or 16 in 16 bits:
+that cost the products of few rows up to a tenth of their time. Where rows are gathered, those of experts, each is for
+itself: [row, block, load, q, 4 words].
 """
 
 import triton
@@ -19,10 +19,20 @@ def word_place(row, block, blocks, lane, WORDS: tl.constexpr, GATHERED: tl.const
     q = lane // 2 % 4
     word = (lane // 8 * 2 + lane % 2) * WORDS
     if GATHERED:
-        return (row * blocks + block) * (32 * WORDS) + q * (8 * WORDS) + word
+        return (row * blocks + block) * (32 * WORDS) + word // 4 * 16 + q * 4 + word % 4
     else:
         start = (row // 8 * blocks + block) * (256 * WORDS)
         return start + word // 4 * 128 + (row % 8 * 4 + q) * 4 + word % 4
+
+
+@triton.jit
+def load_gathered(x_ptr, row, blocks, block, q, WORDS: tl.constexpr):
+    """A lane's words of one block of a row."""
+    start = x_ptr + (row.to(tl.int64) * blocks + block) * (32 * WORDS) + q * 4
+    words = ()
+    for i in tl.static_range(2 * WORDS):
+        words = words + (load_cached(start + 16 * i),)
+    return words
 
 
 @triton.jit

@@ -14,11 +14,11 @@ from polar_kernels.kernels.decode_halves import decode_eight_halves, load_levels
 from polar_kernels.kernels.ptx import store_four
 from polar_kernels.kernels.quantize_chunks import empty_chunks, is_whole, quantize_row
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS
-from polar_kernels.tiles import FP16_LEVELS, LEVEL_STEP, PLANE_WORDS, TILE_ROWS
+from polar_kernels.tiles import LEVEL_STEP, PLANE_WORDS, TILE_ROWS
 
 CHUNK_ROWS = 128
 CHUNK_WORDS = CHUNK_ROWS * BLOCK_SIZE // 4  # int32
-_LEVELS, _STEP, _PLANE_WORDS = tl.constexpr(FP16_LEVELS), tl.constexpr(LEVEL_STEP), tl.constexpr(PLANE_WORDS)
+_STEP, _PLANE_WORDS = tl.constexpr(LEVEL_STEP), tl.constexpr(PLANE_WORDS)
 _SHARE, _CHUNK, _BANDS = tl.constexpr(SCALE_BLOCKS), tl.constexpr(CHUNK_WORDS), tl.constexpr(CHUNK_ROWS // TILE_ROWS)
 _FILL = tl.constexpr(127 / 127.5)  # the largest level is 127.5 steps at most
 # Two words of two fp16 levels, times a factor, to four bytes: adding 1536 leaves the integer in the low bits.
@@ -58,7 +58,7 @@ def _requantize_group(
     odd = thread % 4 // 2  # the second step of a plane
     first = band * blocks + group * _SHARE
     number = first + thread // 32
-    low, high = load_levels(table_ptr, thread % 32, _LEVELS)
+    low, high = load_levels(table_ptr, thread % 32)
     delta = tl.load(table_ptr + _STEP).to(tl.float32, bitcast=True)
     plane = tiles_ptr + number.to(tl.int64) * (_PLANE_WORDS * WIDTH) + g * 16
     chunk = (band // _BANDS).to(tl.int64) * blocks + group * _SHARE + thread // 32

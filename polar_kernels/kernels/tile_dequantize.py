@@ -13,10 +13,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from polar_kernels.kernels.decode_halves import decode_eight_halves, load_levels
 from polar_kernels.kernels.ptx import load_cached, mma_halves, pack_halves, store_four, unpack_halves
 from polar_kernels.kernels.tile_access import load_tile, norm_of
-from polar_kernels.tiles import FP16_LEVELS, PLANE_WORDS, TILE_ROWS
+from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
 _WARPS = 4
-_LEVELS = tl.constexpr(FP16_LEVELS)
 _BOTH_SIGNS = tl.constexpr(0x80008000 - (1 << 32))  # of two fp16 in a word
 
 
@@ -86,7 +85,7 @@ def _tile_dequantize_kernel(
     block = tl.program_id(0) * WARPS + thread // 32
     number = band * blocks + tl.minimum(block, blocks - 1)
     tile = load_tile(tiles_ptr, number, lane, WIDTH)
-    low, high = load_levels(table_ptr, lane, _LEVELS)
+    low, high = load_levels(table_ptr, lane)
     norms = tl.load(norms_ptr + number.to(tl.int64) * 8 + g)
     # The sign of entry (k, n) of H is the parity of k & n: this lane's k is 2 q or 2 q + 1 (and 8 more), its n is g.
     shared = q & (g // 2)

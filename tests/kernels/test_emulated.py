@@ -337,7 +337,7 @@ def test_exact_product_of_many_rows(
     tiles, tile_norms = tile_weight(packed, norms, bits)
     bands = ExactBands(tiles, tile_norms, centroids, columns, bits)
     monkeypatch.setattr(exact_wgmma, "multiply_bands_exactly", bands)
-    monkeypatch.setattr(exact_wgmma, "open_pairs", lambda memory, *_: memory)
+    monkeypatch.setattr(exact_wgmma, "open_pairs", lambda table, thread, *_: thread)
     x, bias = torch.randn(x_rows, columns).half(), torch.randn(rows)
     x[1, 3] = torch.nan
     own = (tiles, tile_norms, scales, level_table(centroids), bias, rows)
