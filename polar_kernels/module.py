@@ -121,7 +121,7 @@ class PolarModule(nn.Module):
         """Whether the device this weight is on would rather have it in tile layout."""
         if self.centroids.device.type != "cuda" or not self._multiplies():
             return False
-        from polar_kernels.kernels.tiled import supports
+        from polar_kernels.kernels.gpu import supports
 
         return supports(self.centroids.device) and (self.tiles is not None or is_tileable(self.centroids))
 

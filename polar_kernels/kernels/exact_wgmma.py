@@ -10,11 +10,12 @@ import triton.language as tl
 
 from polar_kernels.kernels.decode_pairs import open_pairs
 from polar_kernels.kernels.exact_blocks import exact_piece_bytes, multiply_bands_exactly
+from polar_kernels.kernels.gpu import multiprocessors
 from polar_kernels.kernels.ptx import first_lane
 from polar_kernels.kernels.rotate_chunks import rotate_chunks
 from polar_kernels.kernels.shared_memory import all_launched, shared_piece
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS, Form, choose_cut, exact_forms_of
-from polar_kernels.kernels.wgmma_launch import launch_cut, multiprocessors
+from polar_kernels.kernels.wgmma_launch import launch_cut
 from polar_kernels.kernels.wgmma_output import store_program
 from polar_kernels.tiles import TILE_ROWS
 

@@ -10,12 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
+from polar_kernels.kernels.gpu import multiprocessors
 from polar_kernels.kernels.ptx import first_lane
 from polar_kernels.kernels.quantize_chunks import quantize_chunks
 from polar_kernels.kernels.shared_memory import shared_memory, shared_piece
 from polar_kernels.kernels.wgmma_blocks import multiply_bands, piece_bytes
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS, Form, choose_cut, forms_of
-from polar_kernels.kernels.wgmma_launch import launch_cut, multiprocessors
+from polar_kernels.kernels.wgmma_launch import launch_cut
 from polar_kernels.kernels.wgmma_output import store_program
 from polar_kernels.tiles import TILE_ROWS
 

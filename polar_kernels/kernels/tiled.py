@@ -19,7 +19,6 @@ dense: the weight dequantised, a part at a time, into one buffer that cuBLAS mul
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from polar_kernels.hadamard import BLOCK_SIZE, padded_size
 from polar_kernels.kernels import dequantize, exact_matmul, int8_dense, int8_matmul, matmul
 from polar_kernels.kernels.exact_matmul import exact_linear
 from polar_kernels.kernels.exact_wgmma import exact_wgmma_linear
+from polar_kernels.kernels.gpu import has_wgmma
 from polar_kernels.kernels.int8_dense import int8_dense_linear
 from polar_kernels.kernels.int8_matmul import int8_linear
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
@@ -161,14 +161,3 @@ def tiled_dequantize_into(
         dequantize.write_rows(None, packed, norms, awq_scales, centroids, out)
     elif out_features:
         dequantize_tiles(tiles, tile_norms, awq_scales, level_table, out)
-
-
-def supports(device: torch.device) -> bool:
-    """Whether the kernels of the tile layout run on this device: NVIDIA, Hopper or newer."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@cache
-def has_wgmma(device: torch.device) -> bool:
-    """Hopper's instruction, which later GPUs do not have."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

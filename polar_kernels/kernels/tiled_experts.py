@@ -21,10 +21,10 @@ from polar_kernels.kernels import expert_matmul, expert_wgmma
 from polar_kernels.kernels import experts as stored
 from polar_kernels.kernels.expert_groups import group_pairs
 from polar_kernels.kernels.expert_pairs import expert_pairs
+from polar_kernels.kernels.gpu import has_wgmma
 from polar_kernels.kernels.quantize_activation import quantize_activation
 from polar_kernels.kernels.quantize_grouped import GROUP_ROWS, quantize_grouped
 from polar_kernels.kernels.rotate_activation import rotate_activation
-from polar_kernels.kernels.tiled import has_wgmma
 from polar_kernels.tiles import untile_weight
 
 _FEW_PAIRS = 128

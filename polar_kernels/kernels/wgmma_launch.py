@@ -1,6 +1,5 @@
 """How a product by `wgmma` is launched, and the kernel that adds up the sums of programs that share K."""
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -98,8 +97,3 @@ def launch_cut(
     if splits > 1:
         _add_parts_kernel[(row_programs, columns, form.rows // 16)](SPLITS=splits, num_warps=form.warps, **common)
     return out
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

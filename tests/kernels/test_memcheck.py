@@ -13,7 +13,7 @@ from polar_kernels import PolarExpertProjection, PolarExperts, PolarLinear
 from polar_kernels.kernels import int8_dense, tiled_experts
 from polar_kernels.kernels.exact_wgmma import exact_wgmma_linear
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
-from polar_kernels.kernels.tiled import has_wgmma
+from polar_kernels.kernels.gpu import has_wgmma
 from polar_kernels.kernels.wgmma_forms import EXACT_FORMS, FORMS
 torch.manual_seed(0)
 for bits in (4, 5):
