@@ -14,7 +14,7 @@ from polar_kernels.kernels.gpu import multiprocessors
 from polar_kernels.kernels.ptx import first_lane
 from polar_kernels.kernels.rotate_chunks import rotate_chunks
 from polar_kernels.kernels.shared_memory import all_launched, shared_piece
-from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS, Form, choose_cut, exact_forms_of
+from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS, Form, choose_cut
 from polar_kernels.kernels.wgmma_launch import launch_cut
 from polar_kernels.kernels.wgmma_output import store_program
 from polar_kernels.tiles import TILE_ROWS
@@ -112,6 +112,6 @@ def exact_wgmma_linear(
     cut: as `int8_wgmma_linear`'s.
     """
     rows, blocks = x.shape[0], tiles.shape[0] // triton.cdiv(out_features, TILE_ROWS)
-    cut = cut or choose_cut(exact_forms_of(rows), rows, out_features, blocks, multiprocessors(x.device))
+    cut = cut or choose_cut(rows, out_features, blocks, multiprocessors(x.device), exact=True)
     words = rotate_chunks(x, awq_scales, cut[0].rows)
     return launch_cut(_exact_wgmma_kernel, words, x, tiles, tile_norms, table, bias, out_features, cut)

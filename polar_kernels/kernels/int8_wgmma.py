@@ -15,7 +15,7 @@ from polar_kernels.kernels.ptx import first_lane
 from polar_kernels.kernels.quantize_chunks import quantize_chunks
 from polar_kernels.kernels.shared_memory import shared_memory, shared_piece
 from polar_kernels.kernels.wgmma_blocks import multiply_bands, piece_bytes
-from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS, Form, choose_cut, forms_of
+from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS, Form, choose_cut
 from polar_kernels.kernels.wgmma_launch import launch_cut
 from polar_kernels.kernels.wgmma_output import store_program
 from polar_kernels.tiles import TILE_ROWS
@@ -113,6 +113,6 @@ def int8_wgmma_linear(
     when None.
     """
     rows, blocks = x.shape[0], tiles.shape[0] // triton.cdiv(out_features, TILE_ROWS)
-    cut = cut or choose_cut(forms_of(rows), rows, out_features, blocks, multiprocessors(x.device))
+    cut = cut or choose_cut(rows, out_features, blocks, multiprocessors(x.device))
     words = quantize_chunks(x, awq_scales, table, cut[0].rows)
     return launch_cut(_int8_wgmma_kernel, words, x, tiles, tile_norms, table, bias, out_features, cut)

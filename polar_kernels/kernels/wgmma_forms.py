@@ -47,23 +47,23 @@ _ADD_TIME, _SUM_TIME = 1.2, 1.78  # of adding up, and of a million sums of one o
 _MOST_SPLITS = 16
 
 
-def forms_of(rows: int) -> tuple[Form, ...]:
-    """The forms of int8 products that may be the best for so many rows of x."""
-    return tuple(form for form in FORMS if (form.rows == 64) == (rows <= 64))
-
-
-def exact_forms_of(rows: int) -> tuple[Form, ...]:
-    """Likewise those of exact products."""
-    return tuple(form for form in EXACT_FORMS if (form.rows == 32) == (rows <= 32) and (form.rows < 128 or rows > 64))
-
-
 @lru_cache(maxsize=4096)
 def choose_cut(
-    forms: tuple[Form, ...], rows: int, out_features: int, blocks: int, multiprocessors: int
+    rows: int, out_features: int, blocks: int, multiprocessors: int, *, exact: bool = False
 ) -> tuple[Form, int]:
-    """The form, and how many blocks of K a share of a program takes at most."""
+    """The form, and how many blocks of K a share of a program takes at most. exact: of EXACT_FORMS."""
+    forms = _exact_forms(rows) if exact else _int8_forms(rows)
     cuts = [(form, split_blocks) for form in forms for split_blocks in _possible_splits(form, blocks)]
     return min(cuts, key=lambda cut: _predict(cut[0], cut[1], rows, out_features, blocks, multiprocessors))
+
+
+def _int8_forms(rows: int) -> list[Form]:
+    """Those that may be the best for so many rows of x."""
+    return [form for form in FORMS if (form.rows == 64) == (rows <= 64)]
+
+
+def _exact_forms(rows: int) -> list[Form]:
+    return [form for form in EXACT_FORMS if (form.rows == 32) == (rows <= 32) and (form.rows < 128 or rows > 64)]
 
 
 def _possible_splits(form: Form, blocks: int) -> list[int]:

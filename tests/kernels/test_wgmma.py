@@ -1,7 +1,5 @@
 """Products of many rows: by wgmma straight from the codes, and with the weight requantised first."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from int8_errors import INT8_ERROR, SHARED_ERROR
@@ -21,8 +19,6 @@ from polar_kernels.kernels.wgmma_forms import (
     SCALE_BLOCKS,
     Form,
     choose_cut,
-    exact_forms_of,
-    forms_of,
 )
 from polar_kernels.tiles import tile_weight
 
@@ -129,16 +125,16 @@ def test_wgmma_of_rows_that_start_anywhere(device, poisoned, tiled, relative_err
         assert relative_error(int8_wgmma_linear(x, *tiles[:4], None, 96), exact) < 1.2 * INT8_ERROR
 
 
-@pytest.mark.parametrize("of_rows", [forms_of, exact_forms_of])
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("rows", [17, 32, 33, 64, 65, 128, 129, 512])
 @pytest.mark.parametrize("blocks", [1, 2, 9, 32, 96])
 @pytest.mark.parametrize("out_features", [1, 1024, 12288, 248320])
-def test_the_cut_fills_the_gpu(rows: int, blocks: int, out_features: int, of_rows: Callable) -> None:
+def test_the_cut_fills_the_gpu(rows: int, blocks: int, out_features: int, exact: bool) -> None:
     """Where K has blocks to share; with no program without one, and no more than one part of a large output."""
-    forms = of_rows(rows)
-    form, split_blocks = choose_cut(forms, rows, out_features, blocks, 132)
+    form, split_blocks = choose_cut(rows, out_features, blocks, 132, exact=exact)
     splits = -(-blocks // (split_blocks * form.shares))
-    assert form in forms
+    assert form in (EXACT_FORMS if exact else FORMS)
+    assert form.rows <= max(32 if exact else 64, 2 * rows)
     assert split_blocks > 0
     assert split_blocks % SCALE_BLOCKS == 0
     assert out_features < 100_000 or splits == 1
