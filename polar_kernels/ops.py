@@ -8,7 +8,7 @@
 | dequantize_into | reference.dequantize | kernels.dequantize |
 | embedding | reference.embedding | kernels.dequantize |
 | experts | reference.experts | kernels.experts, which calls kernels.rotate |
-| tiled_linear | reference.linear | kernels.tiled: exact_matmul, int8_matmul, int8_wgmma, dense, by rows |
+| tiled_linear | reference.linear | kernels.tiled, which says which kernel for how many rows |
 | tiled_dequantize, tiled_dequantize_into | reference.dequantize | kernels.tiled |
 | tiled_embedding | reference.dequantize | kernels.dequantize |
 | tiled_experts | reference.experts | kernels.tiled_experts: expert_pairs, expert_matmul, by pairs |

@@ -1,7 +1,6 @@
 """Kernels written in assembly, in Triton's interpreter, which runs none: here it is carried out for all threads of a
 program at once. What cannot be seen so: the order in which threads, and kernels that overlap, do things."""
 
-import ctypes
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import triton.language as tl
-from emulator import Words, as_tensor, emulate
+from emulated_wgmma import Bands, ExactBands, multiply_groups, unswizzle
+from emulator import emulate
 
 from polar_kernels import reference
 from polar_kernels.kernels import (
@@ -26,13 +25,11 @@ from polar_kernels.kernels import (
     tiled_experts,
 )
 from polar_kernels.kernels.band_programs import Program
-from polar_kernels.kernels.exact_blocks import exact_chunk_words
 from polar_kernels.kernels.exact_matmul import exact_linear
 from polar_kernels.kernels.int8_matmul import int8_linear, multiply_quantized, padded_rows
-from polar_kernels.kernels.ring import chunk_words
 from polar_kernels.kernels.wgmma_forms import EXACT_FORMS, FORMS, Form
 from polar_kernels.packing import unpack_codes
-from polar_kernels.tiles import FP16_PAIRS, LEVEL_STEP, PART_LEVELS, PARTS, level_table, tile_weight, untile_weight
+from polar_kernels.tiles import LEVEL_STEP, level_table, tile_weight
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run")
 E, H, MIDDLE, K = 2, 160, 16, 2
@@ -86,156 +83,6 @@ def test_experts(stack, relative_error, monkeypatch, form: str, tokens: int, bit
     assert out[1].isnan().all()
 
 
-class Bands:
-    """In place of `multiply_bands`, whose instructions are out of reach here: from the chunks of x that it reads, and
-    the weight [rows, K] that was told, the sums it would have."""
-
-    def __init__(self, tiles: torch.Tensor, tile_norms: torch.Tensor, table: torch.Tensor, columns: int) -> None:
-        self.blocks = -(-columns // 128)
-        rows = len(tiles) // self.blocks * 32
-        packed, norms = untile_weight(tiles, tile_norms, rows, 5)
-        norms = torch.nn.functional.pad(norms.float(), (0, -self.blocks % 4)).unflatten(1, (-1, 4))
-        largest = norms.amax(-1, keepdim=True)
-        parts = (norms / largest.clamp(min=1e-9) * PARTS).round().long().flatten(1)
-        # Levels are these, and a half.
-        tables = table[PART_LEVELS:FP16_PAIRS].view(PARTS + 1, 4).view(torch.int8).long()
-        codes = (
-            torch.nn.functional.pad(unpack_codes(packed, 5), (0, -self.blocks % 4 * 128)).long().unflatten(1, (-1, 128))
-        )
-        positive = tables[parts[..., None], torch.where(codes < 16, 15 - codes, codes - 16)]
-        self.levels = torch.where(codes < 16, -1 - positive, positive).double().numpy()  # [row, block, column]
-        self.largest = largest[..., 0].numpy()
-
-    def __call__(self, *args: Any) -> Any:
-        _, _, _, x, first_chunk, first_tile, band_tiles, bands, count, chunks, steps, _, thread = (
-            getattr(value.handle, "data", value) for value in args[:13]
-        )
-        _, rows, _, _ = (getattr(v, "value", v) for v in args[13:])
-        start, groups = int(np.reshape(x, -1)[0]), int(np.reshape(steps, -1)[0]) // 4
-        threads = len(thread)
-        first_chunk, first_tile, bands, count, chunks = (
-            np.broadcast_to(np.reshape(v, -1), threads) for v in (first_chunk, first_tile, bands, count, chunks)
-        )
-        tile = first_tile + np.minimum(thread // 64, bands - 1) * band_tiles.reshape(-1)
-        row = tile // self.blocks * 32 + thread // 32 % 2 * 16 + thread % 32 // 4
-        sums = np.zeros((2, threads, rows), np.float32)
-        for warp in range(0, threads, 32):
-            for group in range(min(groups, max(0, -(-int(count[warp]) // 4)))):
-                assert int(chunks[warp]) >= 4 * group + 4
-                block = int(tile[warp]) % self.blocks + 4 * group
-                assert block % 4 == 0
-                self._add(sums, row, slice(warp, warp + 32), block, start, int(first_chunk[warp]) + 4 * group, rows)
-        q = thread % 4
-        picked = [
-            sums[half, np.arange(threads), 8 * i + 2 * q + e]
-            for i in range(rows // 8)
-            for half in (0, 1)
-            for e in (0, 1)
-        ]
-        return tuple(as_tensor(part, tl.float32) for part in picked)
-
-    def _add(
-        self, sums: np.ndarray, row: np.ndarray, warp: slice, block: int, start: int, chunk: int, rows: int
-    ) -> None:
-        """The products of four blocks, by the chunks from a number on."""
-        integers = np.zeros((2, 32, rows))
-        for step in range(4):
-            words = _read_words(start, chunk + step, chunk_words(rows))
-            x_rows = _unswizzle(words[: rows * 32].reshape(rows, 8, 4))
-            for half in range(2):
-                integers[half] += self.levels[row[warp] + 8 * half, block + step] @ x_rows.T
-        scales, halves = words[rows * 32 :].view(np.float32).reshape(-1, 2, 2).transpose(1, 0, 2).reshape(2, rows)
-        for half in range(2):
-            largest = self.largest[row[warp] + 8 * half, block // 4, None]
-            sums[half, warp] += (integers[half] * scales + halves) * largest
-
-
-class ExactBands:
-    """In place of `multiply_bands_exactly`, likewise."""
-
-    def __init__(
-        self, tiles: torch.Tensor, tile_norms: torch.Tensor, centroids: torch.Tensor, columns: int, bits: int
-    ) -> None:
-        self.blocks = -(-columns // 128)
-        packed, norms = untile_weight(tiles, tile_norms, len(tiles) // self.blocks * 32, bits)
-        levels = centroids.half().double()[unpack_codes(packed, bits).long()].unflatten(1, (-1, 128))
-        self.weight = (levels * norms.double()[..., None]).numpy()  # [row, block, column]
-
-    def __call__(self, *args: Any) -> Any:
-        _, _, x, first_chunk, first_tile, band_tiles, bands, count, steps, _, _, thread = (
-            getattr(value.handle, "data", value) for value in args[:12]
-        )
-        _, rows, _, _, _ = (getattr(v, "value", v) for v in args[12:])
-        threads = len(thread)
-        first_chunk, first_tile, bands, count, steps = (
-            np.broadcast_to(np.reshape(v, -1), threads) for v in (first_chunk, first_tile, bands, count, steps)
-        )
-        tile = first_tile + np.minimum(thread // 64, bands - 1) * band_tiles.reshape(-1)
-        row = tile // self.blocks * 32 + thread // 32 % 2 * 16 + thread % 32 // 4
-        sums = np.zeros((2, threads, rows), np.float32)
-        for warp in range(0, threads, 32):
-            own = slice(warp, warp + 32)
-            assert count[warp] <= steps[warp]
-            assert steps[warp] % 4 == 0
-            for step in range(max(0, count[warp])):
-                words = _read_words(int(np.reshape(x, -1)[0]), int(first_chunk[warp]) + step, exact_chunk_words(rows))
-                x_rows, block = self._rows_of(words, rows), int(tile[warp]) % self.blocks + step
-                for half in range(2):
-                    sums[half, own] += self.weight[row[own] + 8 * half, block] @ x_rows.T
-        q = thread % 4
-        picked = [
-            sums[half, np.arange(threads), 8 * i + 2 * q + e]
-            for i in range(rows // 8)
-            for half in (0, 1)
-            for e in (0, 1)
-        ]
-        return tuple(as_tensor(part, tl.float32) for part in picked)
-
-    def _rows_of(self, words: np.ndarray, rows: int) -> np.ndarray:
-        """The rows by 128 columns of a chunk, whose halves have 64 each; 16 bytes (step, i // 2) of a row lie at
-        that ^ row % 8."""
-        units = words.view(np.float16).reshape(2, rows, 8, 4, 2)
-        in_order = np.stack([units[:, i][:, np.arange(8) ^ i % 8] for i in range(rows)])  # row, s1, (s0 r i1), q, i0
-        columns = in_order.reshape(rows, 2, 2, 2, 2, 4, 2).transpose(0, 1, 2, 5, 3, 4, 6)
-        return columns.reshape(rows, 128).astype(np.float64)
-
-
-def multiply_groups(w: Any, w_scales: Any, x: Any, row: Any, _: Any, groups: Any, line: Any, thread: Any) -> Any:
-    """In place of the function of this name: from the chunks of both operands the sums it would have."""
-    start_w, start_scales, start_x, count, columns = (
-        int(v.handle.data.reshape(-1)[0]) for v in (w, w_scales, x, groups, line)
-    )
-    program, part = (int(tl.program_id(axis).handle.data.reshape(-1)[0]) for axis in (0, 1))
-    own, q = row.handle.data % 128, thread.handle.data % 4
-    stored = _read_words(start_scales, 0, count * columns).view(np.float32).reshape(count, columns)
-    norms = np.pad(stored, ((0, 0), (0, 128 * (part + 1))))[:, 128 * part : 128 * (part + 1)]
-    sums = np.zeros((128, 256), np.float32)
-    for group in range(count):
-        for product in range(2):
-            integers = np.zeros((128, 128))
-            for block in range(4 * group, 4 * group + 4):
-                chunk = _read_words(start_x, (program * 4 * count + block) * 2 + product, chunk_words(128))
-                weight = _read_words(start_w, part * 4 * count + block, requantize_tiles.CHUNK_WORDS)
-                rows = [_unswizzle(words.reshape(128, 8, 4)) for words in (weight, chunk[: 128 * 32])]
-                integers += rows[0] @ rows[1].T
-            scales = chunk[128 * 32 :].view(np.float32).reshape(-1, 2, 2)[:, 0].reshape(-1)
-            sums[:, 128 * product : 128 * (product + 1)] += integers * norms[group][:, None] * scales
-    picked = [sums[own + 8 * half, 8 * i + 2 * q + e] for i in range(32) for half in (0, 1) for e in (0, 1)]
-    return tuple(as_tensor(part, tl.float32) for part in picked), as_tensor(np.zeros_like(q), tl.int32)
-
-
-def _read_words(start: int, number: int, words: int) -> Words:
-    """Piece `number` of so many words each."""
-    return np.frombuffer(ctypes.string_at(start + 4 * number * words, 4 * words), np.uint32)
-
-
-def _unswizzle(words: np.ndarray) -> np.ndarray:
-    """The rows by 128 columns of x in a chunk, whose 16 bytes (s, r) of a row lie at (s, r) ^ row % 8."""
-    units = words.view(np.int8).reshape(-1, 8, 4, 4)
-    in_order = np.stack([row[np.arange(8) ^ i % 8] for i, row in enumerate(units)])
-    return in_order.reshape(-1, 4, 2, 4, 4).transpose(0, 1, 3, 2, 4).reshape(-1, 128).astype(np.float64)
-
-
 @pytest.mark.parametrize(("x_rows", "rows"), [(9, 72), (3, 300)])
 def test_product_of_most_rows(random_weight, relative_error, monkeypatch, x_rows: int, rows: int) -> None:
     """But for what `multiply_groups` does: both operands' chunks, parts of the weight, where results are stored."""
@@ -272,7 +119,7 @@ def test_requantized_weight(random_weight, relative_error, bits: int) -> None:
     assert torch.equal(words[0, :, 0, : 3 * 32], alone[0, :, 0, : 3 * 32])  # the three rows of x
     scales_and_halves = (128 * 32 + torch.tensor([0, 1, 2, 3, 4, 6])).view(1, -1)  # in the last of four blocks
     assert torch.equal(words[0, 3::4, 0, scales_and_halves], alone[0, 3::4, 0, scales_and_halves])
-    integers = np.stack([_unswizzle(chunk.numpy().reshape(128, 8, 4)) for chunk in chunks.flatten(0, 1)])
+    integers = np.stack([unswizzle(chunk.numpy().reshape(128, 8, 4)) for chunk in chunks.flatten(0, 1)])
     levels = torch.from_numpy(integers).view(2, 8, 128, 128).transpose(1, 2).reshape(256, 8, 128)[:rows]
     delta = table[LEVEL_STEP].view(torch.float32)
     found = levels * (scales * delta).T[:rows].repeat_interleave(4, 1)[..., None]
@@ -375,16 +222,16 @@ def test_groups_of_64(stack, relative_error, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("linear", [int8_linear, exact_linear])
 @pytest.mark.parametrize(
-    ("x_rows", "rows", "columns", "bits", "awq"),
+    ("x_rows", "rows", "columns", "bits", "awq", "warps"),
     [
-        (1, 40, 200, 5, True),
-        (9, 70, 1160, 4, False),
-        (4, 32, 128, 2, True),
-        (16, 70, 1160, 5, False),
-        (9, 40, 200, 3, True),
+        (1, 40, 200, 5, True, 8),
+        (9, 70, 680, 4, False, 4),
+        (4, 32, 128, 2, True, 16),
+        (16, 70, 1160, 5, False, 8),
+        (9, 40, 200, 3, True, 4),
+        (3, 32, 2200, 5, True, 16),
     ],
 )
-@pytest.mark.parametrize("warps", [4, 8, 16])
 def test_product_of_few_rows(
     random_weight,
     relative_error,
