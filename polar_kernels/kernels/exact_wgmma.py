@@ -11,11 +11,10 @@ import triton.language as tl
 from polar_kernels.kernels.decode_pairs import open_pairs
 from polar_kernels.kernels.exact_blocks import exact_piece_bytes, multiply_bands_exactly
 from polar_kernels.kernels.gpu import multiprocessors
-from polar_kernels.kernels.ptx import first_lane
 from polar_kernels.kernels.rotate_chunks import rotate_chunks
 from polar_kernels.kernels.shared_memory import all_launched, shared_piece
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS, Form, choose_cut
-from polar_kernels.kernels.wgmma_launch import launch_cut
+from polar_kernels.kernels.wgmma_launch import launch_cut, share_of_program
 from polar_kernels.kernels.wgmma_output import store_program
 from polar_kernels.tiles import TILE_ROWS
 
@@ -50,10 +49,7 @@ def _exact_wgmma_kernel(
     all_threads = tl.arange(0, THREADS)
     memory = all_launched(x_ptr, blocks < 0, all_threads, SHARES, SIZE)
     pairs = open_pairs(table_ptr, all_threads, DTYPE, THREADS)
-    thread = all_threads % (32 * WARPS)
-    share = tl.program_id(2) * 0
-    if SHARES > 1:
-        share = first_lane(all_threads // (32 * WARPS))
+    thread, share = share_of_program(all_threads, WARPS, SHARES)
     first_band = tl.program_id(1) * (WARPS // 2)
     program_block = tl.program_id(2) * (SHARES * split_blocks)
     first_block = program_block + share * split_blocks

@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 
 from polar_kernels.kernels.gpu import multiprocessors
-from polar_kernels.kernels.ptx import first_lane
 from polar_kernels.kernels.quantize_chunks import quantize_chunks
 from polar_kernels.kernels.shared_memory import shared_memory, shared_piece
 from polar_kernels.kernels.wgmma_blocks import multiply_bands, piece_bytes
 from polar_kernels.kernels.wgmma_forms import SCALE_BLOCKS, Form, choose_cut
-from polar_kernels.kernels.wgmma_launch import launch_cut
+from polar_kernels.kernels.wgmma_launch import launch_cut, share_of_program
 from polar_kernels.kernels.wgmma_output import store_program
 from polar_kernels.tiles import TILE_ROWS
 
@@ -48,10 +47,7 @@ def _int8_wgmma_kernel(
     SIZE: tl.constexpr = piece_bytes(ROWS, X_SLOTS, WIDTH, WARPS)
     all_threads = tl.arange(0, 32 * WARPS * SHARES)
     memory = shared_memory(x_ptr, blocks < 0, all_threads, SHARES, SIZE)
-    thread = all_threads % (32 * WARPS)
-    share = tl.program_id(2) * 0
-    if SHARES > 1:
-        share = first_lane(all_threads // (32 * WARPS))
+    thread, share = share_of_program(all_threads, WARPS, SHARES)
     shared = shared_piece(memory, share, SHARES, SIZE)
     first_band = tl.program_id(1) * (WARPS // 2)
     program_block = tl.program_id(2) * (SHARES * split_blocks)

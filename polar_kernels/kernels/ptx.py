@@ -12,7 +12,6 @@ import triton.language as tl
 _LOAD_STREAM = tl.constexpr("ld.global.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];")
 _LOAD_STREAM_TWO = tl.constexpr("ld.global.L1::no_allocate.L2::128B.v2.b32 {$0, $1}, [$2];")
 _LOAD_CACHED = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
-_LOAD_CACHED_TWO = tl.constexpr("ld.global.v2.b32 {$0, $1}, [$2];")
 _MMA_S8 = tl.constexpr(
     "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
     "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
@@ -58,14 +57,6 @@ def load_cached(pointer):
     """Four words, kept in L1, read where it stands."""
     return tl.inline_asm_elementwise(
         _LOAD_CACHED, "=r,=r,=r,=r,l", [pointer.to(tl.int64)], (tl.int32, tl.int32, tl.int32, tl.int32), False, 1
-    )
-
-
-@triton.jit
-def load_cached_two(pointer):
-    """Two words, likewise."""
-    return tl.inline_asm_elementwise(
-        _LOAD_CACHED_TWO, "=r,=r,l", [pointer.to(tl.int64)], (tl.int32, tl.int32), False, 1
     )
 
 

@@ -7,10 +7,21 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from polar_kernels.kernels.ptx import first_lane
 from polar_kernels.kernels.shared_memory import shared_memory, shared_piece
 from polar_kernels.kernels.wgmma_forms import Form
 from polar_kernels.kernels.wgmma_output import add_parts, store_sums
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
+
+
+@triton.jit
+def share_of_program(all_threads, WARPS: tl.constexpr, SHARES: tl.constexpr):
+    """A thread's number among the WARPS warps of its share of K, and which share of the program that is."""
+    thread = all_threads % (32 * WARPS)
+    share = tl.program_id(2) * 0
+    if SHARES > 1:
+        share = first_lane(all_threads // (32 * WARPS))
+    return thread, share
 
 
 @triton.jit(do_not_specialize=["M", "N"])
