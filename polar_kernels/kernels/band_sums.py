@@ -1,7 +1,8 @@
-"""How the warps that share a band, 32 rows of the weight, add up their sums and store them: for few rows of x.
+"""How the warps that share a band, 32 rows of the weight, or half of one, add up their sums and store them: for few
+rows of x.
 
 A thread holds 8 sums a group of 8 rows of x: rows g, g + 8, g + 16, g + 24 of the weight (g = lane // 4), times rows
-2 q and 2 q + 1 of the group (q = lane % 4). Of one row of x, one a lane.
+2 q and 2 q + 1 of the group (q = lane % 4); of half a band the first 4. Of one row of x, one a lane.
 """
 
 import triton
@@ -13,43 +14,45 @@ ROW_GROUP = 8  # rows of x the tensor cores take at a time
 
 
 @triton.constexpr_function
-def _reduce(warps: int) -> str:
-    """PTX: the sum of 8 values a thread over `warps` neighbouring warps.
+def _reduce(warps: int, values: int) -> str:
+    """PTX: the sum of 4 or 8 values a thread over `warps` neighbouring warps.
 
-    $0..: the 8 / warps sums (at least one) that fall to this warp; then the values, the thread, the scratch address.
+    $0..: the values / warps sums (at least one) that fall to this warp; then the values, the thread, the scratch
+    address.
     """
-    outs = max(1, 8 // warps)
-    thread, base = f"${outs + 8}", f"${outs + 9}"
+    outs = max(1, values // warps)
+    size = 128 * values
+    thread, base = f"${outs + values}", f"${outs + values + 1}"
     code = [
         "{ .reg .u32 lane, warp, own, first, p; .reg .f32 v;",
         f"and.b32 lane, {thread}, 31; shr.u32 warp, {thread}, 5;",
-        f"mad.lo.u32 p, warp, 1024, {base}; mad.lo.u32 p, lane, 4, p;",
-        *(f"st.shared.f32 [p+{128 * e}], ${outs + e};" for e in range(8)),
+        f"mad.lo.u32 p, warp, {size}, {base}; mad.lo.u32 p, lane, 4, p;",
+        *(f"st.shared.f32 [p+{128 * e}], ${outs + e};" for e in range(values)),
         "bar.sync 0;",
-        f"and.b32 own, warp, {warps - 1}; sub.u32 first, warp, own; and.b32 own, own, {8 // outs - 1};",
-        f"mad.lo.u32 p, first, 1024, {base}; mad.lo.u32 p, lane, 4, p; mad.lo.u32 p, own, {128 * outs}, p;",
+        f"and.b32 own, warp, {warps - 1}; sub.u32 first, warp, own; and.b32 own, own, {values // outs - 1};",
+        f"mad.lo.u32 p, first, {size}, {base}; mad.lo.u32 p, lane, 4, p; mad.lo.u32 p, own, {128 * outs}, p;",
     ]
     for out in range(outs):
         code.append(f"ld.shared.f32 ${out}, [p+{128 * out}];")
-        code += [f"ld.shared.f32 v, [p+{128 * out + 1024 * w}]; add.f32 ${out}, ${out}, v;" for w in range(1, warps)]
+        code += [f"ld.shared.f32 v, [p+{128 * out + size * w}]; add.f32 ${out}, ${out}, v;" for w in range(1, warps)]
     code.append("bar.sync 0; }")
     return " ".join(code)
 
 
 @triton.constexpr_function
-def _reduce_constraints(warps: int) -> str:
-    return ",".join(["=&f"] * max(1, 8 // warps) + ["f"] * 8 + ["r", "r"])
+def _reduce_constraints(warps: int, values: int) -> str:
+    return ",".join(["=&f"] * max(1, values // warps) + ["f"] * values + ["r", "r"])
 
 
 @triton.jit
-def _sum_warps(sums, group: tl.constexpr, thread, scratch, WARPS: tl.constexpr):
+def _sum_warps(sums, group: tl.constexpr, thread, scratch, WARPS: tl.constexpr, VALUES: tl.constexpr):
     values = ()
-    for i in tl.static_range(8):
-        values = values + (sums[8 * group + i],)
+    for i in tl.static_range(VALUES):
+        values = values + (sums[VALUES * group + i],)
     values = values + (thread, scratch)
-    code: tl.constexpr = _reduce(WARPS)
-    constraints: tl.constexpr = _reduce_constraints(WARPS)
-    if WARPS < 8:
+    code: tl.constexpr = _reduce(WARPS, VALUES)
+    constraints: tl.constexpr = _reduce_constraints(WARPS, VALUES)
+    if WARPS < VALUES:
         return tl.inline_asm_elementwise(code, constraints, values, (tl.float32, tl.float32), False, 1)
     else:
         return (tl.inline_asm_elementwise(code, constraints, values, tl.float32, False, 1),)
@@ -66,21 +69,24 @@ def store_band(
     N,
     GROUPS: tl.constexpr,
     WARPS: tl.constexpr,
+    HALVES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
-    """Add up over the WARPS warps of the program, add the bias, round, add the residual [M, N], and store."""
+    """Add up over the WARPS warps of the program, add the bias, round, add the residual [M, N], and store. HALVES:
+    programs that share a band."""
     lane = thread % 32
     warp = thread // 32
-    SHARE: tl.constexpr = 2 if WARPS < 8 else 1
-    scratch = declared_memory(thread, 1024 * WARPS)  # eight values a thread
+    VALUES: tl.constexpr = 8 // HALVES
+    SHARE: tl.constexpr = 2 if WARPS < VALUES else 1
+    scratch = declared_memory(thread, 128 * VALUES * WARPS)
     for group in tl.static_range(GROUPS):
-        share = _sum_warps(sums, group, thread, scratch, WARPS)
+        share = _sum_warps(sums, group, thread, scratch, WARPS, VALUES)
         for i in tl.static_range(SHARE):
-            index = warp % (8 // SHARE) * SHARE + i
+            index = warp % (VALUES // SHARE) * SHARE + i
             column = group * 8 + 2 * (lane % 4) + index % 2
-            row = tl.program_id(0) * 32 + index // 2 * 8 + lane // 4
-            keep = (column < M) & (row < N) & (warp < 8)
+            row = tl.program_id(0) * (32 // HALVES) + index // 2 * 8 + lane // 4
+            keep = (column < M) & (row < N) & (warp < VALUES)
             y = share[i]
             if HAS_BIAS:
                 y += tl.load(bias_ptr + row, mask=keep, other=0.0).to(tl.float32)

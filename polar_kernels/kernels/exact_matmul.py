@@ -14,7 +14,7 @@ from polar_kernels.kernels.decode_pairs import decode_eight_pairs, open_pairs, s
 from polar_kernels.kernels.fragments import load_fragment
 from polar_kernels.kernels.ptx import mma_halves, wait_for_previous_kernel
 from polar_kernels.kernels.rotate_activation import rotate_activation
-from polar_kernels.kernels.tile_access import load_tile, norm_of
+from polar_kernels.kernels.tile_access import half_of, load_part, load_part_norms, norm_of
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
 MAX_ROWS = 16  # of x in one launch
@@ -45,6 +45,20 @@ def multiply_half_tile_exactly(
     return sums
 
 
+@triton.jit
+def _add_scaled(sums, at: tl.constexpr, products, first: tl.constexpr, norms, shift: tl.constexpr):
+    """Sums `at` .. at + 3 plus the products from `first` on, of two rows of the weight, whose norms are in a word from
+    bit `shift` on."""
+    n0 = norm_of(norms, shift)
+    n1 = norm_of(norms, shift + 16)
+    return (
+        sums[at] + products[first] * n0,
+        sums[at + 1] + products[first + 1] * n0,
+        sums[at + 2] + products[first + 2] * n1,
+        sums[at + 3] + products[first + 3] * n1,
+    )
+
+
 @triton.jit(do_not_specialize=["M", "N", "blocks"])
 def _exact_matmul_kernel(
     tiles_ptr,
@@ -59,20 +73,21 @@ def _exact_matmul_kernel(
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
     WARPS: tl.constexpr,
+    HALVES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
     warp = thread // 32
-    g = lane // 4
-    first = tl.program_id(0) * blocks
-    tile = load_tile(tiles_ptr, first + tl.minimum(warp, blocks - 1), lane, WIDTH)
+    first = tl.program_id(0) // HALVES * blocks
+    half = tl.program_id(0) % HALVES
+    tile = load_part(tiles_ptr, first + tl.minimum(warp, blocks - 1), half, lane, HALVES, WIDTH)
     pairs = open_pairs(table_ptr, thread, DTYPE, 32 * WARPS)
     # Everything above was there before; x comes from the kernel before this one.
     own = lane + wait_for_previous_kernel(thread)
     sums = ()
-    for _ in tl.static_range(8 * GROUPS):
+    for _ in tl.static_range(8 // HALVES * GROUPS):
         sums = sums + (tl.zeros(lane.shape, tl.float32),)
     for step in range(tl.cdiv(blocks, WARPS)):
         block = step * WARPS + warp
@@ -81,29 +96,23 @@ def _exact_matmul_kernel(
         x = ()
         for group in tl.static_range(GROUPS):
             x = x + load_fragment(x_ptr, group, blocks, block, own, 2)
-        following = load_tile(tiles_ptr, first + tl.minimum(block + WARPS, blocks - 1), lane, WIDTH)
-        upper = multiply_half_tile_exactly(tile[0], tile[1], tile[4][0], tile[4][1], pairs, x, WIDTH, GROUPS, DTYPE)
-        lower = multiply_half_tile_exactly(tile[2], tile[3], tile[4][2], tile[4][3], pairs, x, WIDTH, GROUPS, DTYPE)
+        following = load_part(tiles_ptr, first + tl.minimum(block + WARPS, blocks - 1), half, lane, HALVES, WIDTH)
+        products = ()
+        for number in tl.static_range(2 // HALVES):
+            words = half_of(tile, number, HALVES)
+            products = products + (
+                multiply_half_tile_exactly(words[0], words[1], words[2], words[3], pairs, x, WIDTH, GROUPS, DTYPE),
+            )
         tile = following
-        norms = tl.load(norms_ptr + (first + block).to(tl.int64) * 8 + g, mask=inside, other=0)
-        n0 = norm_of(norms, 0)
-        n1 = norm_of(norms, 16)
-        n2 = norm_of(norms, 32)
-        n3 = norm_of(norms, 48)
+        norms = load_part_norms(norms_ptr, first + block, half, lane, inside, HALVES)
         added = ()
         for group in tl.static_range(GROUPS):
-            added = added + (
-                sums[8 * group] + upper[4 * group] * n0,
-                sums[8 * group + 1] + upper[4 * group + 1] * n0,
-                sums[8 * group + 2] + upper[4 * group + 2] * n1,
-                sums[8 * group + 3] + upper[4 * group + 3] * n1,
-                sums[8 * group + 4] + lower[4 * group] * n2,
-                sums[8 * group + 5] + lower[4 * group + 1] * n2,
-                sums[8 * group + 6] + lower[4 * group + 2] * n3,
-                sums[8 * group + 7] + lower[4 * group + 3] * n3,
-            )
+            for number in tl.static_range(2 // HALVES):
+                added = added + _add_scaled(
+                    sums, 8 // HALVES * group + 4 * number, products[number], 4 * group, norms, 32 * number
+                )
         sums = added
-    store_band(sums, thread, bias_ptr, None, out_ptr, M, N, GROUPS, WARPS, HAS_BIAS, False)
+    store_band(sums, thread, bias_ptr, None, out_ptr, M, N, GROUPS, WARPS, HALVES, HAS_BIAS, False)
 
 
 def exact_linear(
@@ -120,21 +129,23 @@ def exact_linear(
     groups = triton.next_power_of_2(triton.cdiv(rows, ROW_GROUP))
     words = rotate_activation(x, awq_scales, groups * ROW_GROUP)
     bands = triton.cdiv(out_features, TILE_ROWS)
+    blocks = tiles.shape[0] // bands
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
-    program = exact_program(bands, groups)
-    _exact_matmul_kernel[(bands,)](
+    program = exact_program(bands, blocks, groups)
+    _exact_matmul_kernel[(bands * program.halves,)](
         tiles_ptr=tiles,
-        norms_ptr=tile_norms.view(torch.int64),
+        norms_ptr=tile_norms.view(torch.int64 if program.halves == 1 else torch.int32),
         table_ptr=table,
         x_ptr=words,
         bias_ptr=bias,
         out_ptr=out,
         M=rows,
         N=out_features,
-        blocks=tiles.shape[0] // bands,
+        blocks=blocks,
         WIDTH=tiles.shape[1] // PLANE_WORDS,
         GROUPS=groups,
         WARPS=program.warps,
+        HALVES=program.halves,
         HAS_BIAS=bias is not None,
         num_warps=program.warps,
         enable_fp_fusion=True,

@@ -55,8 +55,9 @@ def _load_unit(
     number = (tl.where(known, expert, 0) * bands + tl.program_id(0) // HALVES) * blocks
     number += tl.minimum(unit, units - 1) % blocks
     if HALVES == 2:
-        tile = load_half_tile(tiles_ptr, norms_ptr, number, tl.program_id(0) % 2, lane, WIDTH)
-        norms = tl.where(known, tile[3], _NAN_NORMS & 0xFFFFFFFF)
+        half = tl.program_id(0) % 2
+        tile = load_half_tile(tiles_ptr, number, half, lane, WIDTH)
+        norms = tl.where(known, tl.load(norms_ptr + number * 16 + lane // 4 * 2 + half), _NAN_NORMS & 0xFFFFFFFF)
     else:
         tile = load_tile(tiles_ptr, number, lane, WIDTH)
         norms = tl.where(known, tl.load(norms_ptr + number * 8 + lane // 4), _NAN_NORMS)

@@ -20,7 +20,7 @@ from polar_kernels.kernels.decode_int8 import decode_half_tile
 from polar_kernels.kernels.fragments import load_fragment
 from polar_kernels.kernels.ptx import as_float, load_cached, mma_s8, wait_for_previous_kernel
 from polar_kernels.kernels.quantize_activation import quantize_activation
-from polar_kernels.kernels.tile_access import load_tile, norm_of
+from polar_kernels.kernels.tile_access import half_of, load_part, load_part_norms, norm_of
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
 MAX_ROWS = 64  # of x in one launch: more would not fit in registers
@@ -35,6 +35,24 @@ def multiply_half_tile(a, x0, x1):
     c0, c1, c2, c3 = mma_s8(a[8], a[9], a[10], a[11], x1[0], x1[1], c0, c1, c2, c3)
     c0, c1, c2, c3 = mma_s8(a[12], a[13], a[14], a[15], x1[2], x1[3], c0, c1, c2, c3)
     return as_float(c0), as_float(c1), as_float(c2), as_float(c3)
+
+
+@triton.jit
+def _add_scaled(sums, at: tl.constexpr, products, meta, norms, shift: tl.constexpr):
+    """Sums `at` .. at + 3 plus the products of two rows of the weight, whose norms are in a word from bit `shift` on,
+    and two of x; meta: the bases and scales of those."""
+    base0 = as_float(meta[0])
+    scale0 = as_float(meta[1])
+    base1 = as_float(meta[2])
+    scale1 = as_float(meta[3])
+    n0 = norm_of(norms, shift)
+    n1 = norm_of(norms, shift + 16)
+    return (
+        sums[at] + (products[0] * scale0 + base0) * n0,
+        sums[at + 1] + (products[1] * scale1 + base1) * n0,
+        sums[at + 2] + (products[2] * scale0 + base0) * n1,
+        sums[at + 3] + (products[3] * scale1 + base1) * n1,
+    )
 
 
 @triton.jit(do_not_specialize=["M", "N", "blocks", "padded_rows"])
@@ -54,6 +72,7 @@ def _int8_matmul_kernel(
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
     WARPS: tl.constexpr,
+    HALVES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
@@ -61,50 +80,35 @@ def _int8_matmul_kernel(
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
     warp = thread // 32
-    g = lane // 4
-    first = tl.program_id(0) * blocks
-    tile = load_tile(tiles_ptr, first + tl.minimum(warp, blocks - 1), lane, WIDTH)
+    first = tl.program_id(0) // HALVES * blocks
+    half = tl.program_id(0) % HALVES
+    tile = load_part(tiles_ptr, first + tl.minimum(warp, blocks - 1), half, lane, HALVES, WIDTH)
     table = load_cached(table_ptr + thread * 0)
     # Everything above was there before; x and meta come from the kernel before this one.
     own = lane + wait_for_previous_kernel(thread)
     q = own % 4
     sums = ()
-    for _ in tl.static_range(8 * GROUPS):
+    for _ in tl.static_range(8 // HALVES * GROUPS):
         sums = sums + (tl.zeros(lane.shape, tl.float32),)
     for step in range(tl.cdiv(blocks, WARPS)):
         block = step * WARPS + warp
         inside = block < blocks
         block = tl.minimum(block, blocks - 1)
-        upper = decode_half_tile(tile[0], tile[1], tile[4][0], tile[4][1], table, table, WIDTH, SPREAD)
-        lower = decode_half_tile(tile[2], tile[3], tile[4][2], tile[4][3], table, table, WIDTH, SPREAD)
-        tile = load_tile(tiles_ptr, first + tl.minimum(block + WARPS, blocks - 1), lane, WIDTH)
-        norms = tl.load(norms_ptr + (first + block).to(tl.int64) * 8 + g, mask=inside, other=0)
-        n0 = norm_of(norms, 0)
-        n1 = norm_of(norms, 16)
-        n2 = norm_of(norms, 32)
-        n3 = norm_of(norms, 48)
+        decoded = ()
+        for number in tl.static_range(2 // HALVES):
+            words = half_of(tile, number, HALVES)
+            decoded = decoded + (decode_half_tile(words[0], words[1], words[2], words[3], table, table, WIDTH, SPREAD),)
+        tile = load_part(tiles_ptr, first + tl.minimum(block + WARPS, blocks - 1), half, lane, HALVES, WIDTH)
+        norms = load_part_norms(norms_ptr, first + block, half, lane, inside, HALVES)
         added = ()
         for group in tl.static_range(GROUPS):
             x = load_fragment(x_ptr, group, blocks, block, own, 1)
             meta = load_cached(meta_ptr + (block * padded_rows + group * 8 + 2 * q) * 2)
-            u0, u1, u2, u3 = multiply_half_tile(upper, x[0], x[1])
-            l0, l1, l2, l3 = multiply_half_tile(lower, x[0], x[1])
-            base0 = as_float(meta[0])
-            scale0 = as_float(meta[1])
-            base1 = as_float(meta[2])
-            scale1 = as_float(meta[3])
-            added = added + (
-                sums[8 * group] + (u0 * scale0 + base0) * n0,
-                sums[8 * group + 1] + (u1 * scale1 + base1) * n0,
-                sums[8 * group + 2] + (u2 * scale0 + base0) * n1,
-                sums[8 * group + 3] + (u3 * scale1 + base1) * n1,
-                sums[8 * group + 4] + (l0 * scale0 + base0) * n2,
-                sums[8 * group + 5] + (l1 * scale1 + base1) * n2,
-                sums[8 * group + 6] + (l2 * scale0 + base0) * n3,
-                sums[8 * group + 7] + (l3 * scale1 + base1) * n3,
-            )
+            for number in tl.static_range(2 // HALVES):
+                products = multiply_half_tile(decoded[number], x[0], x[1])
+                added = added + _add_scaled(sums, 8 // HALVES * group + 4 * number, products, meta, norms, 32 * number)
         sums = added
-    store_band(sums, thread, bias_ptr, residual_ptr, out_ptr, M, N, GROUPS, WARPS, HAS_BIAS, HAS_RESIDUAL)
+    store_band(sums, thread, bias_ptr, residual_ptr, out_ptr, M, N, GROUPS, WARPS, HALVES, HAS_BIAS, HAS_RESIDUAL)
 
 
 def int8_linear(
@@ -142,10 +146,10 @@ def multiply_quantized(
     groups = meta.shape[1] // ROW_GROUP
     bands = triton.cdiv(out_features, TILE_ROWS)
     blocks = tiles.shape[0] // bands
-    program = int8_program(bands, groups)
-    _int8_matmul_kernel[(bands,)](
+    program = int8_program(bands, blocks, groups)
+    _int8_matmul_kernel[(bands * program.halves,)](
         tiles_ptr=tiles,
-        norms_ptr=tile_norms.view(torch.int64),
+        norms_ptr=tile_norms.view(torch.int64 if program.halves == 1 else torch.int32),
         table_ptr=table,
         x_ptr=words,
         meta_ptr=meta,
@@ -159,6 +163,7 @@ def multiply_quantized(
         WIDTH=tiles.shape[1] // PLANE_WORDS,
         GROUPS=groups,
         WARPS=program.warps,
+        HALVES=program.halves,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         num_warps=program.warps,

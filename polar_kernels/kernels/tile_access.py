@@ -30,18 +30,40 @@ def load_tile(tiles_ptr, tile, lane, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_half_tile(tiles_ptr, norms_ptr, tile, half, lane, WIDTH: tl.constexpr):
-    """16 rows of a tile, the first or the second: two planes of magnitudes, two words of signs, and one of two norms.
-
-    norms_ptr: int32, two norms a word.
-    """
+def load_half_tile(tiles_ptr, tile, half, lane, WIDTH: tl.constexpr):
+    """16 rows of a tile, the first or the second: two planes of magnitudes and two words of signs."""
     start = tiles_ptr + tile.to(tl.int64) * (_PLANE_WORDS * WIDTH) + lane * 4
     first = load_stream(start + half * (2 * _PLANE_WORDS))
     second = load_stream(start + half * (2 * _PLANE_WORDS) + _PLANE_WORDS)
     signs = (first[0], first[1])
     if WIDTH == 5:
         signs = load_stream_two(start + 4 * _PLANE_WORDS + half * 2)
-    return first, second, signs, tl.load(norms_ptr + tile.to(tl.int64) * 16 + lane // 4 * 2 + half)
+    return first, second, signs
+
+
+@triton.jit
+def load_part(tiles_ptr, tile, half, lane, HALVES: tl.constexpr, WIDTH: tl.constexpr):
+    """A program's part of a tile, of which HALVES share it: all of it, or the given half."""
+    if HALVES == 2:
+        return load_half_tile(tiles_ptr, tile, half, lane, WIDTH)
+    else:
+        return load_tile(tiles_ptr, tile, lane, WIDTH)
+
+
+@triton.jit
+def half_of(part, number: tl.constexpr, HALVES: tl.constexpr):
+    """16 of a part's rows: two planes of magnitudes, and two words of signs."""
+    signs = part[4 // HALVES]
+    return part[2 * number], part[2 * number + 1], signs[2 * number], signs[2 * number + 1]
+
+
+@triton.jit
+def load_part_norms(norms_ptr, tile, half, lane, inside, HALVES: tl.constexpr):
+    """A lane's norms of a part in one word, zeros where it is not inside. norms_ptr: int64, or int32 of halves."""
+    if HALVES == 2:
+        return tl.load(norms_ptr + tile.to(tl.int64) * 16 + lane // 4 * 2 + half, mask=inside, other=0)
+    else:
+        return tl.load(norms_ptr + tile.to(tl.int64) * 8 + lane // 4, mask=inside, other=0)
 
 
 @triton.jit

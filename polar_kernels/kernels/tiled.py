@@ -2,7 +2,7 @@
 
 | rows of x | int8 |
 |---|---|
-| 1 to 32 | int8_matmul |
+| 1 to 32, to 64 of a small weight, K at most 4096 | int8_matmul |
 | to 1536, to 1024 of a tiny weight, to 2048 where K is no multiple of 512, on Hopper | int8_wgmma |
 | more, of a weight that is not tiny, K a multiple of 512, on Hopper | int8_dense |
 | else, to 128 | int8_matmul, 64 at a time |
@@ -38,7 +38,8 @@ from polar_kernels.tiles import TILE_ROWS, untile_weight
 # Rows of x up to which a kernel is the fastest, from times on an H200, and on an H100 where wgmma is concerned.
 _EXACT_WGMMA_ROWS, _SMALL_EXACT_WGMMA_ROWS, _SMALL_TILES = 512, 256, 4096  # a small weight has at most so many tiles
 _EXACT_ROWS = 3 * exact_matmul.MAX_ROWS  # without wgmma
-NARROW_ROWS = 32  # int8_matmul
+NARROW_ROWS = 32  # int8_matmul; of a small weight with so few columns, as many as it takes
+_SMALL_NARROW_COLUMNS = 4096
 _WGMMA_ROWS, _ODD_WGMMA_ROWS = 1536, 2048  # the latter where int8_dense does not take K
 _TINY_WGMMA_ROWS, _TINY_TILES = 1024, 1024  # where the weight is tiny: has at most so many tiles
 _NARROW_ONLY_ROWS = 2 * int8_matmul.MAX_ROWS  # int8_matmul on GPUs without wgmma
@@ -81,7 +82,8 @@ def _exact_linear(x: torch.Tensor, weight: tuple[Any, ...]) -> torch.Tensor:
 
 def _int8_linear(x: torch.Tensor, weight: tuple[Any, ...]) -> torch.Tensor:
     rows, in_features = x.shape
-    if rows <= NARROW_ROWS:
+    small = len(weight[0]) <= _SMALL_TILES and in_features <= _SMALL_NARROW_COLUMNS
+    if rows <= (int8_matmul.MAX_ROWS if small else NARROW_ROWS):
         return int8_linear(x, *weight)
     wgmma, tiny = has_wgmma(x.device), len(weight[0]) <= _TINY_TILES
     if wgmma and not tiny and rows > _WGMMA_ROWS and in_features % int8_dense.IN_FEATURES == 0:

@@ -52,9 +52,10 @@ for form in FORMS[1:4]:  # of each kind of shared memory one
 for form in EXACT_FORMS:
     exact_wgmma_linear(x, *five, torch.zeros(96), 96, (form, 4))
 int8_dense_linear(x, *five, None, 96)
-for rows in (1, 32):
-    int8_linear(x[:rows], *five, None, 96)
-    exact_linear(x[: min(rows, 16)], *five, None, 96)
+for own in (five, weight(6400)):  # by halves of bands and by whole ones
+    for rows in (1, 32):
+        int8_linear(x[:rows], *own, None, len(own[0]) // 8 * 32)
+        exact_linear(x[: min(rows, 16)], *own, None, len(own[0]) // 8 * 32)
 dequantize_tiles(*five, torch.empty(96, 1024).bfloat16())
 stack = tiled_experts.Tiled(*weight(2 * 1024), lloyd_max_levels(5))
 both = stack._replace(tiles=stack.tiles.repeat(2, 1))

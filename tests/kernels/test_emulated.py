@@ -222,14 +222,14 @@ def test_groups_of_64(stack, relative_error, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("linear", [int8_linear, exact_linear])
 @pytest.mark.parametrize(
-    ("x_rows", "rows", "columns", "bits", "awq", "warps"),
+    ("x_rows", "rows", "columns", "bits", "awq", "program"),
     [
-        (1, 40, 200, 5, True, 8),
-        (9, 70, 680, 4, False, 4),
-        (4, 32, 128, 2, True, 16),
-        (16, 70, 1160, 5, False, 8),
-        (9, 40, 200, 3, True, 4),
-        (3, 32, 2200, 5, True, 16),
+        (1, 40, 200, 5, True, Program(8, 128, 2)),
+        (9, 70, 680, 4, False, Program(4, 128)),
+        (4, 32, 128, 2, True, Program(16, 128, 2)),
+        (16, 70, 1160, 5, False, Program(8, 128)),
+        (9, 40, 200, 3, True, Program(4, 128, 2)),
+        (3, 32, 2200, 5, True, Program(16, 128)),
     ],
 )
 def test_product_of_few_rows(
@@ -242,11 +242,11 @@ def test_product_of_few_rows(
     columns: int,
     bits: int,
     awq: bool,
-    warps: int,
+    program: Program,
 ) -> None:
     """With rows that are not finite, which stay by themselves."""
     choice = "int8_program" if linear is int8_linear else "exact_program"
-    monkeypatch.setattr(import_module(linear.__module__), choice, lambda bands, groups: Program(warps, 128))
+    monkeypatch.setattr(import_module(linear.__module__), choice, lambda bands, blocks, groups: program)
     packed, norms, scales, centroids = random_weight(rows, columns, bits, awq=awq)
     own = (*tile_weight(packed, norms, bits), scales, level_table(centroids))
     x, bias = torch.randn(x_rows, columns).half(), torch.randn(rows) if awq else None

@@ -10,7 +10,8 @@ import pytest
 CALLS = """
 import torch
 from polar_kernels import PolarExpertProjection, PolarExperts, PolarLinear
-from polar_kernels.kernels import int8_dense, tiled_experts
+from polar_kernels.kernels import exact_matmul, int8_dense, int8_matmul, tiled_experts
+from polar_kernels.kernels.band_programs import Program
 from polar_kernels.kernels.exact_wgmma import exact_wgmma_linear
 from polar_kernels.kernels.int8_wgmma import int8_wgmma_linear
 from polar_kernels.kernels.gpu import has_wgmma
@@ -19,10 +20,12 @@ torch.manual_seed(0)
 for bits in (4, 5):
     layer = PolarLinear.from_linear(torch.nn.Linear(392, 70, device="cuda"), bits, awq_scales=torch.ones(392))
     assert layer.tiles is not None
-    for activation in ("int8", "exact"):
-        layer.activation = activation
-        for rows in (1, 9, 40):
-            layer(torch.randn(rows, 392, device="cuda").half())
+    for halves in (1, 2):
+        int8_matmul.int8_program = exact_matmul.exact_program = lambda *shape: Program(8, 128, halves)
+        for activation in ("int8", "exact"):
+            layer.activation = activation
+            for rows in (1, 9, 40):
+                layer(torch.randn(rows, 392, device="cuda").half())
     layer.dequantize()
     if torch.cuda.get_device_capability() == (9, 0):
         for rows, columns in ((70, 1160), (72, 1280)):
