@@ -12,6 +12,7 @@ from polar_kernels.kernels.band_programs import exact_program
 from polar_kernels.kernels.band_sums import ROW_GROUP, store_band
 from polar_kernels.kernels.decode_pairs import decode_eight_pairs, open_pairs, spread_signs
 from polar_kernels.kernels.fragments import load_fragment
+from polar_kernels.kernels.gpu import multiprocessors
 from polar_kernels.kernels.ptx import mma_halves, wait_for_previous_kernel
 from polar_kernels.kernels.rotate_activation import rotate_activation
 from polar_kernels.kernels.tile_access import half_of, load_part, load_part_norms, norm_of
@@ -131,7 +132,7 @@ def exact_linear(
     bands = triton.cdiv(out_features, TILE_ROWS)
     blocks = tiles.shape[0] // bands
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
-    program = exact_program(bands, blocks, groups)
+    program = exact_program(bands, blocks, groups, multiprocessors(out.device))
     _exact_matmul_kernel[(bands * program.halves,)](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int64 if program.halves == 1 else torch.int32),

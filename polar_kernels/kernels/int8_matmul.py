@@ -18,6 +18,7 @@ from polar_kernels.kernels.band_programs import int8_program
 from polar_kernels.kernels.band_sums import ROW_GROUP, store_band
 from polar_kernels.kernels.decode_int8 import decode_half_tile
 from polar_kernels.kernels.fragments import load_fragment
+from polar_kernels.kernels.gpu import multiprocessors
 from polar_kernels.kernels.ptx import as_float, load_cached, mma_s8, wait_for_previous_kernel
 from polar_kernels.kernels.quantize_activation import quantize_activation
 from polar_kernels.kernels.tile_access import half_of, load_part, load_part_norms, norm_of
@@ -146,7 +147,7 @@ def multiply_quantized(
     groups = meta.shape[1] // ROW_GROUP
     bands = triton.cdiv(out_features, TILE_ROWS)
     blocks = tiles.shape[0] // bands
-    program = int8_program(bands, blocks, groups)
+    program = int8_program(bands, blocks, groups, multiprocessors(out.device))
     _int8_matmul_kernel[(bands * program.halves,)](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int64 if program.halves == 1 else torch.int32),

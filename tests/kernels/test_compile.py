@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from polar_kernels import lloyd_max_levels
-from polar_kernels.kernels import exact_wgmma, int8_wgmma, tiled_experts
+from polar_kernels.kernels import exact_matmul, exact_wgmma, int8_matmul, int8_wgmma, tiled_experts
 from polar_kernels.kernels.exact_matmul import exact_linear
 from polar_kernels.kernels.exact_wgmma import exact_wgmma_linear
 from polar_kernels.kernels.int8_dense import int8_dense_linear
@@ -37,7 +37,7 @@ def compile_only(kernel, *args, grid, warmup, **options):
     compiled.append(made.metadata.name if made.asm["cubin"] else None)
 
 JITFunction.run = compile_only
-for module in (exact_wgmma, int8_wgmma):
+for module in (exact_matmul, exact_wgmma, int8_matmul, int8_wgmma):
     module.multiprocessors = lambda device: 132
 tiled_experts.has_wgmma = lambda device: True
 

@@ -13,10 +13,12 @@ from emulator import emulate
 
 from polar_kernels import reference
 from polar_kernels.kernels import (
+    exact_matmul,
     exact_wgmma,
     expert_pairs,
     expert_wgmma,
     int8_dense,
+    int8_matmul,
     int8_wgmma,
     norm_quantize,
     quantize_activation,
@@ -38,6 +40,8 @@ E, H, MIDDLE, K = 2, 160, 16, 2
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     emulate(monkeypatch)
+    for module in (exact_matmul, int8_matmul, int8_wgmma):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
 
 
 @pytest.fixture
@@ -147,7 +151,6 @@ def test_product_of_many_rows(
     packed, norms, scales, centroids = random_weight(rows, columns, 5)
     tiles, tile_norms = tile_weight(packed, norms, 5)
     monkeypatch.setattr(int8_wgmma, "multiply_bands", Bands(tiles, tile_norms, level_table(centroids), columns))
-    monkeypatch.setattr(int8_wgmma, "multiprocessors", lambda device: 132)
     x, bias = torch.randn(x_rows, columns).half(), torch.randn(rows)
     x[1, 3] = torch.nan
     own = (tiles, tile_norms, scales, level_table(centroids), bias, rows)
@@ -246,7 +249,7 @@ def test_product_of_few_rows(
 ) -> None:
     """With rows that are not finite, which stay by themselves."""
     choice = "int8_program" if linear is int8_linear else "exact_program"
-    monkeypatch.setattr(import_module(linear.__module__), choice, lambda bands, blocks, groups: program)
+    monkeypatch.setattr(import_module(linear.__module__), choice, lambda *shape: program)
     packed, norms, scales, centroids = random_weight(rows, columns, bits, awq=awq)
     own = (*tile_weight(packed, norms, bits), scales, level_table(centroids))
     x, bias = torch.randn(x_rows, columns).half(), torch.randn(rows) if awq else None
