@@ -7,6 +7,7 @@ in shared memory (`decode_pairs`). Norms are applied once a block, to the sums.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from polar_kernels.kernels.band_programs import exact_program
 from polar_kernels.kernels.band_sums import ROW_GROUP, store_band
@@ -87,6 +88,8 @@ def _exact_matmul_kernel(
     pairs = open_pairs(table_ptr, thread, DTYPE, 32 * WARPS)
     # Everything above was there before; x comes from the kernel before this one.
     own = lane + wait_for_previous_kernel(thread)
+    if GROUPS == 1:
+        gdc_launch_dependents()  # the next kernel's start costs nothing then; with more rows it is in the way
     sums = ()
     for _ in tl.static_range(8 // HALVES * GROUPS):
         sums = sums + (tl.zeros(lane.shape, tl.float32),)
