@@ -13,12 +13,10 @@ from emulator import emulate
 
 from polar_kernels import reference
 from polar_kernels.kernels import (
-    exact_matmul,
     exact_wgmma,
     expert_pairs,
     expert_wgmma,
     int8_dense,
-    int8_matmul,
     int8_wgmma,
     norm_quantize,
     quantize_activation,
@@ -40,8 +38,6 @@ E, H, MIDDLE, K = 2, 160, 16, 2
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     emulate(monkeypatch)
-    for module in (exact_matmul, int8_matmul, int8_wgmma):
-        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
 
 
 @pytest.fixture

@@ -224,10 +224,12 @@ class Emulator:
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let all kernels run in the interpreter, one after the other."""
+    """Let all kernels run in the interpreter, one after the other, as for a GPU of 132 multiprocessors."""
     monkeypatch.setattr(ptx.tl, "inline_asm_elementwise", Emulator())
     for found in iter_modules(kernels.__path__, "polar_kernels.kernels."):
         module = import_module(found.name)
         for name in ("gdc_wait", "gdc_launch_dependents"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, lambda: None)
+        if hasattr(module, "multiprocessors"):
+            monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
