@@ -1,5 +1,7 @@
 """Products, dequantisation and lookups from tile layout, and layers that take it. On a CPU they are the reference."""
 
+import itertools
+
 import pytest
 import torch
 from int8_errors import INT8_ERROR, SHARED_ERROR
@@ -278,6 +280,37 @@ def test_graph_capture(device: torch.device, rows: int, activation: str) -> None
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert torch.equal(y, layer(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["int8", "exact"])
+@pytest.mark.parametrize("rows", [1, 8, 16, 48, 100])
+def test_layers_in_a_row(device: torch.device, rows: int, activation: str) -> None:
+    """Kernels that start before those ahead of them have ended give what they give when each is waited for."""
+    sizes = (1024, 4096, 512, 8192, 1024, 1024)
+    layers = [
+        PolarLinear.from_linear(torch.nn.Linear(columns, features, device=device)).half()
+        for columns, features in itertools.pairwise(sizes)
+    ]
+    for layer in layers:
+        layer.activation = activation
+
+    def chain(x: torch.Tensor, wait: bool) -> torch.Tensor:
+        for layer in layers:
+            x = layer(x)
+            if wait:
+                torch.cuda.synchronize()
+        return x
+
+    x = torch.randn(rows, sizes[0], device=device).half()
+    chain(x, True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(x, False)
+    for _ in range(20):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(y, chain(x, True))
 
 
 def _parts(layer: PolarLinear) -> tuple:
