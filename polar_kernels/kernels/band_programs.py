@@ -20,66 +20,30 @@ class Program(NamedTuple):
     halves: int = 1
 
 
+_COMMON = (Program(16, 128, 2), Program(16, 128), Program(8, 128, 2), Program(8, 128), Program(8, 80, 2))
 # By how many groups of 8 rows of x there are. Of two that are predicted to be as fast the first is taken.
 _INT8 = {
-    1: (
-        Program(16, 128, 2),
-        Program(16, 128),
-        Program(8, 128, 2),
-        Program(8, 128),
-        Program(8, 80, 2),
-        Program(8, 80),
-        Program(4, 128),
-        Program(4, 96),
-    ),
-    2: (
-        Program(16, 128, 2),
-        Program(16, 128),
-        Program(8, 128, 2),
-        Program(8, 128),
-        Program(8, 80, 2),
-        Program(4, 168),
-        Program(4, 128),
-        Program(4, 96),
-    ),
+    1: (*_COMMON, Program(8, 80), Program(4, 128), Program(4, 96)),
+    2: (*_COMMON, Program(4, 168), Program(4, 128), Program(4, 96)),
     4: (Program(8, 255, 2), Program(8, 255), Program(4, 255), Program(4, 168, 2), Program(4, 168)),
     8: (Program(8, 255, 2), Program(4, 255, 2), Program(4, 255), Program(4, 168, 2)),
 }
 _EXACT = {
-    1: (
-        Program(16, 96, 2),
-        Program(16, 96),
-        Program(8, 96),
-        Program(8, 80, 2),
-        Program(8, 80),
-        Program(4, 96),
-    ),
-    2: (
-        Program(16, 96, 2),
-        Program(16, 128),
-        Program(8, 128, 2),
-        Program(8, 128),
-        Program(8, 80, 2),
-        Program(4, 128),
-    ),
+    1: (Program(16, 96, 2), Program(16, 96), Program(8, 96), Program(8, 80, 2), Program(8, 80), Program(4, 96)),
+    2: (Program(16, 96, 2), *_COMMON[1:], Program(4, 128)),
 }
 _REGISTERS, _WARPS = 65536, 64  # of a multiprocessor
 # In units of what a multiprocessor takes for a tile: a wave beside its tiles, and by how many warps; and by how much a
-# tile in halves takes longer. Fitted to an H100 and an H200, 150 shapes of 512 rows to 248320: a program chosen by them
-# is 0.6 % slower than the best of those above.
+# tile in halves takes longer. Fitted to an H100 and an H200, 150 shapes of 512 rows to 65536: a program chosen by them
+# is 0.6 % slower than the best of those above. Shared memory has room for all of them.
 _WAVE_TILES, _WARP_TILES, _HALF_TILES = 40, 0.5, 1.1
 
 
 @lru_cache(maxsize=4096)
-def int8_program(bands: int, blocks: int, groups: int, multiprocessors: int) -> Program:
-    """blocks: of K; groups: of 8 rows of x, 1, 2, 4 or 8."""
-    return min(_INT8[groups], key=lambda program: _predict(program, bands, blocks, multiprocessors))
-
-
-@lru_cache(maxsize=4096)
-def exact_program(bands: int, blocks: int, groups: int, multiprocessors: int) -> Program:
-    """Likewise, for 1 or 2 groups."""
-    return min(_EXACT[groups], key=lambda program: _predict(program, bands, blocks, multiprocessors))
+def choose_program(bands: int, blocks: int, groups: int, multiprocessors: int, *, exact: bool = False) -> Program:
+    """blocks: of K; groups: of 8 rows of x: 1, 2, 4 or 8; exact: 1 or 2."""
+    programs = (_EXACT if exact else _INT8)[groups]
+    return min(programs, key=lambda program: _predict(program, bands, blocks, multiprocessors))
 
 
 def _predict(program: Program, bands: int, blocks: int, multiprocessors: int) -> float:

@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from polar_kernels.kernels.band_programs import exact_program
+from polar_kernels.kernels.band_programs import choose_program
 from polar_kernels.kernels.band_sums import ROW_GROUP, store_band
 from polar_kernels.kernels.decode_pairs import decode_eight_pairs, open_pairs, spread_signs
 from polar_kernels.kernels.fragments import load_fragment
 from polar_kernels.kernels.gpu import multiprocessors
 from polar_kernels.kernels.ptx import mma_halves, wait_for_previous_kernel
 from polar_kernels.kernels.rotate_activation import rotate_activation
-from polar_kernels.kernels.tile_access import half_of, load_part, load_part_norms, norm_of
+from polar_kernels.kernels.tile_access import half_of, load_part, norm_of, norms_of_part
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
 MAX_ROWS = 16  # of x in one launch
@@ -108,7 +108,7 @@ def _exact_matmul_kernel(
                 multiply_half_tile_exactly(words[0], words[1], words[2], words[3], pairs, x, WIDTH, GROUPS, DTYPE),
             )
         tile = following
-        norms = load_part_norms(norms_ptr, first + block, half, lane, inside, HALVES)
+        norms = tl.load(norms_of_part(norms_ptr, first + block, half, lane, HALVES), mask=inside, other=0)
         added = ()
         for group in tl.static_range(GROUPS):
             for number in tl.static_range(2 // HALVES):
@@ -135,7 +135,7 @@ def exact_linear(
     bands = triton.cdiv(out_features, TILE_ROWS)
     blocks = tiles.shape[0] // bands
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
-    program = exact_program(bands, blocks, groups, multiprocessors(out.device))
+    program = choose_program(bands, blocks, groups, multiprocessors(out.device), exact=True)
     _exact_matmul_kernel[(bands * program.halves,)](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int64 if program.halves == 1 else torch.int32),

@@ -24,7 +24,7 @@ from polar_kernels.kernels.expert_tiles import (
 from polar_kernels.kernels.fragments import load_gathered
 from polar_kernels.kernels.int8_matmul import multiply_half_tile
 from polar_kernels.kernels.ptx import wait_for_previous_kernel
-from polar_kernels.kernels.tile_access import load_half_tile, load_tile, norm_of
+from polar_kernels.kernels.tile_access import load_part, norm_of, norms_of_part
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
 _NAN_NORMS = tl.constexpr(0x7E007E007E007E00)  # four of fp16
@@ -54,14 +54,11 @@ def _load_unit(
     bands = tl.num_programs(0) // HALVES
     number = (tl.where(known, expert, 0) * bands + tl.program_id(0) // HALVES) * blocks
     number += tl.minimum(unit, units - 1) % blocks
-    if HALVES == 2:
-        half = tl.program_id(0) % 2
-        tile = load_half_tile(tiles_ptr, number, half, lane, WIDTH)
-        norms = tl.where(known, tl.load(norms_ptr + number * 16 + lane // 4 * 2 + half), _NAN_NORMS & 0xFFFFFFFF)
-    else:
-        tile = load_tile(tiles_ptr, number, lane, WIDTH)
-        norms = tl.where(known, tl.load(norms_ptr + number * 8 + lane // 4), _NAN_NORMS)
-    return tile, tl.where(unit < units, norms, 0)
+    half = tl.program_id(0) % HALVES
+    tile = load_part(tiles_ptr, number, half, lane, HALVES, WIDTH)
+    norms = tl.load(norms_of_part(norms_ptr, number, half, lane, HALVES))
+    NAN: tl.constexpr = _NAN_NORMS >> (32 * (HALVES - 1))
+    return tile, tl.where(unit < units, tl.where(known, norms, NAN), 0)
 
 
 @triton.jit

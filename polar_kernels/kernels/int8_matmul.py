@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from polar_kernels.kernels.band_programs import int8_program
+from polar_kernels.kernels.band_programs import choose_program
 from polar_kernels.kernels.band_sums import ROW_GROUP, store_band
 from polar_kernels.kernels.decode_int8 import decode_half_tile
 from polar_kernels.kernels.fragments import load_fragment
 from polar_kernels.kernels.gpu import multiprocessors
 from polar_kernels.kernels.ptx import as_float, load_cached, mma_s8, wait_for_previous_kernel
 from polar_kernels.kernels.quantize_activation import quantize_activation
-from polar_kernels.kernels.tile_access import half_of, load_part, load_part_norms, norm_of
+from polar_kernels.kernels.tile_access import half_of, load_part, norm_of, norms_of_part
 from polar_kernels.tiles import PLANE_WORDS, TILE_ROWS
 
 MAX_ROWS = 64  # of x in one launch: more would not fit in registers
@@ -103,7 +103,7 @@ def _int8_matmul_kernel(
             words = half_of(tile, number, HALVES)
             decoded = decoded + (decode_half_tile(words[0], words[1], words[2], words[3], table, table, WIDTH, SPREAD),)
         tile = load_part(tiles_ptr, first + tl.minimum(block + WARPS, blocks - 1), half, lane, HALVES, WIDTH)
-        norms = load_part_norms(norms_ptr, first + block, half, lane, inside, HALVES)
+        norms = tl.load(norms_of_part(norms_ptr, first + block, half, lane, HALVES), mask=inside, other=0)
         added = ()
         for group in tl.static_range(GROUPS):
             x = load_fragment(x_ptr, group, blocks, block, own, 1)
@@ -150,7 +150,7 @@ def multiply_quantized(
     groups = meta.shape[1] // ROW_GROUP
     bands = triton.cdiv(out_features, TILE_ROWS)
     blocks = tiles.shape[0] // bands
-    program = int8_program(bands, blocks, groups, multiprocessors(out.device))
+    program = choose_program(bands, blocks, groups, multiprocessors(out.device))
     _int8_matmul_kernel[(bands * program.halves,)](
         tiles_ptr=tiles,
         norms_ptr=tile_norms.view(torch.int64 if program.halves == 1 else torch.int32),

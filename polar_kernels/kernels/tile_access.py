@@ -58,12 +58,12 @@ def half_of(part, number: tl.constexpr, HALVES: tl.constexpr):
 
 
 @triton.jit
-def load_part_norms(norms_ptr, tile, half, lane, inside, HALVES: tl.constexpr):
-    """A lane's norms of a part in one word, zeros where it is not inside. norms_ptr: int64, or int32 of halves."""
+def norms_of_part(norms_ptr, tile, half, lane, HALVES: tl.constexpr):
+    """Where a lane's norms of a part are, in one word. norms_ptr: int64, or int32 of halves."""
     if HALVES == 2:
-        return tl.load(norms_ptr + tile.to(tl.int64) * 16 + lane // 4 * 2 + half, mask=inside, other=0)
+        return norms_ptr + tile.to(tl.int64) * 16 + lane // 4 * 2 + half
     else:
-        return tl.load(norms_ptr + tile.to(tl.int64) * 8 + lane // 4, mask=inside, other=0)
+        return norms_ptr + tile.to(tl.int64) * 8 + lane // 4
 
 
 @triton.jit

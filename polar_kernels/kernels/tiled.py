@@ -38,8 +38,8 @@ from polar_kernels.tiles import TILE_ROWS, untile_weight
 # Rows of x up to which a kernel is the fastest, from times on an H200, and on an H100 where wgmma is concerned.
 _EXACT_WGMMA_ROWS, _SMALL_EXACT_WGMMA_ROWS, _SMALL_TILES = 512, 256, 4096  # a small weight has at most so many tiles
 _EXACT_ROWS = 3 * exact_matmul.MAX_ROWS  # without wgmma
-NARROW_ROWS = 32  # int8_matmul; of a small weight with so few columns, as many as it takes
-_SMALL_NARROW_COLUMNS = 4096
+NARROW_ROWS = 32  # int8_matmul
+_SMALL_NARROW_COLUMNS = 4096  # of a small weight, up to which it is the fastest for as many rows as it takes
 _WGMMA_ROWS, _ODD_WGMMA_ROWS = 1536, 2048  # the latter where int8_dense does not take K
 _TINY_WGMMA_ROWS, _TINY_TILES = 1024, 1024  # where the weight is tiny: has at most so many tiles
 _NARROW_ONLY_ROWS = 2 * int8_matmul.MAX_ROWS  # int8_matmul on GPUs without wgmma

@@ -244,8 +244,7 @@ def test_product_of_few_rows(
     program: Program,
 ) -> None:
     """With rows that are not finite, which stay by themselves."""
-    choice = "int8_program" if linear is int8_linear else "exact_program"
-    monkeypatch.setattr(import_module(linear.__module__), choice, lambda *shape: program)
+    monkeypatch.setattr(import_module(linear.__module__), "choose_program", lambda *shape, **mode: program)
     packed, norms, scales, centroids = random_weight(rows, columns, bits, awq=awq)
     own = (*tile_weight(packed, norms, bits), scales, level_table(centroids))
     x, bias = torch.randn(x_rows, columns).half(), torch.randn(rows) if awq else None

@@ -22,6 +22,20 @@ def _held(sums: np.ndarray, thread: np.ndarray) -> Any:
     return tuple(as_tensor(part, tl.float32) for part in picked)
 
 
+def _of_threads(thread: np.ndarray, *values: Any) -> list[np.ndarray]:
+    """Each thread's, of values that are one for all or one for each."""
+    return [np.broadcast_to(np.reshape(value, -1), len(thread)) for value in values]
+
+
+def _first_of_threads(
+    thread: np.ndarray, first_tile: Any, band_tiles: Any, bands: Any, blocks: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first tile that each thread reads, and the first of its two rows of the weight."""
+    first_tile, band_tiles, bands = _of_threads(thread, first_tile, band_tiles, bands)
+    tile = first_tile + np.minimum(thread // 64, bands - 1) * band_tiles
+    return tile, tile // blocks * 32 + thread // 32 % 2 * 16 + thread % 32 // 4
+
+
 class Bands:
     """Of `multiply_bands`: from the chunks of x that it reads, and the weight that was told, the sums it would have."""
 
@@ -47,14 +61,10 @@ class Bands:
         )
         _, rows, _, _ = (getattr(v, "value", v) for v in args[13:])
         start, groups = int(np.reshape(x, -1)[0]), int(np.reshape(steps, -1)[0]) // 4
-        threads = len(thread)
-        first_chunk, first_tile, bands, count, chunks = (
-            np.broadcast_to(np.reshape(v, -1), threads) for v in (first_chunk, first_tile, bands, count, chunks)
-        )
-        tile = first_tile + np.minimum(thread // 64, bands - 1) * band_tiles.reshape(-1)
-        row = tile // self.blocks * 32 + thread // 32 % 2 * 16 + thread % 32 // 4
-        sums = np.zeros((2, threads, rows), np.float32)
-        for warp in range(0, threads, 32):
+        first_chunk, count, chunks = _of_threads(thread, first_chunk, count, chunks)
+        tile, row = _first_of_threads(thread, first_tile, band_tiles, bands, self.blocks)
+        sums = np.zeros((2, len(thread), rows), np.float32)
+        for warp in range(0, len(thread), 32):
             for group in range(min(groups, max(0, -(-int(count[warp]) // 4)))):
                 assert int(chunks[warp]) >= 4 * group + 4
                 block = int(tile[warp]) % self.blocks + 4 * group
@@ -94,14 +104,10 @@ class ExactBands:
             getattr(value.handle, "data", value) for value in args[:12]
         )
         _, rows, _, _, _ = (getattr(v, "value", v) for v in args[12:])
-        threads = len(thread)
-        first_chunk, first_tile, bands, count, steps = (
-            np.broadcast_to(np.reshape(v, -1), threads) for v in (first_chunk, first_tile, bands, count, steps)
-        )
-        tile = first_tile + np.minimum(thread // 64, bands - 1) * band_tiles.reshape(-1)
-        row = tile // self.blocks * 32 + thread // 32 % 2 * 16 + thread % 32 // 4
-        sums = np.zeros((2, threads, rows), np.float32)
-        for warp in range(0, threads, 32):
+        first_chunk, count, steps = _of_threads(thread, first_chunk, count, steps)
+        tile, row = _first_of_threads(thread, first_tile, band_tiles, bands, self.blocks)
+        sums = np.zeros((2, len(thread), rows), np.float32)
+        for warp in range(0, len(thread), 32):
             own = slice(warp, warp + 32)
             assert count[warp] <= steps[warp]
             assert steps[warp] % 4 == 0
